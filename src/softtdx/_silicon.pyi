@@ -1,0 +1,157 @@
+"""The Rust core's Python face: DRAM with MKTME-i, and one `Core` a logical processor.
+
+Every physical address (`pa`) is 64 bits as software writes it: the KeyID stands in its top bits, below bit 52
+(bits 51:52-keyid_bits), the DRAM address below them. Addresses and register values are unsigned.
+"""
+
+from collections.abc import Callable
+from typing import Final
+
+class SiliconFault(Exception):
+    """An access the hardware refuses. `pa` is the address, KeyID included."""
+
+    pa: int
+
+class MachineCheck(SiliconFault):
+    """#MC: poison was consumed (integrity failure of the line at `pa`)."""
+
+class BusFault(SiliconFault):
+    """The address has reserved bits set, or names a private KeyID outside SEAM mode (#PF with RSVD on hardware)."""
+
+class VmFail(Exception):
+    """VMfailInvalid or VMfailValid. `error` is the VM-instruction error number, 0 for VMfailInvalid."""
+
+    error: int
+
+class Memory:
+    """All DRAM of a platform, behind its memory-encryption engine.
+
+    `ranges`: (base, size) of each DRAM range, 4 KiB aligned. Addresses outside read as all ones and drop writes.
+    `integrity`: "crypto" (28-bit MAC and TD-owner bit), "logical" (TD-owner bit only) or "none".
+    """
+
+    def __init__(
+        self,
+        ranges: list[tuple[int, int]],
+        *,
+        keyid_bits: int,
+        first_private_keyid: int,
+        integrity: str = "crypto",
+        tme: bool = True,
+        seed: int = 0,
+    ) -> None: ...
+    # PCONFIG's and TME's part. A key is (data key, tweak key), 16 bytes each; None draws it from the seeded source.
+    def set_key(self, keyid: int, key: tuple[bytes, bytes] | None = None) -> None: ...
+    def clear_key(self, keyid: int) -> None: ...
+    # Accesses of an agent on the bus (host software, a device): seam=False may not name a private KeyID.
+    def read(self, pa: int, size: int, seam: bool = False) -> bytes: ...
+    def write(self, pa: int, data: bytes, seam: bool = False) -> None: ...
+    # What a probe on the memory bus sees and does; no KeyID in `pa`. Lengths and addresses are free.
+    def raw_read(self, pa: int, size: int) -> bytes: ...
+    def raw_write(self, pa: int, data: bytes) -> None: ...
+    def raw_line(self, pa: int) -> tuple[bytes, int, bool, bool]:
+        """(64 bytes of ciphertext, 28-bit MAC, TD-owner bit, poisoned) of the line at `pa`."""
+    def raw_set_line(self, pa: int, data: bytes, mac: int, owner: bool) -> None:
+        """Puts a line back as `raw_line` gave it (replay), or at another address (splice)."""
+    def resident(self) -> int:
+        """Bytes of DRAM that anything was ever written to, in whole chunks."""
+
+class Core:
+    """One logical processor: its register file, MSRs, TLB, current VMCS, and VMX non-root execution.
+
+    One thread at a time uses a Core; `kick` alone may be called from any thread.
+    """
+
+    def __init__(self, memory: Memory, apic_id: int) -> None: ...
+    seam: bool  # in SEAM root mode: private KeyIDs may be named, SEAM-only instructions work
+    # --- loads and stores of this processor in root mode (BusFault, MachineCheck). Little endian.
+    def rd8(self, pa: int) -> int: ...
+    def rd16(self, pa: int) -> int: ...
+    def rd32(self, pa: int) -> int: ...
+    def rd64(self, pa: int) -> int: ...
+    def wr8(self, pa: int, value: int) -> None: ...
+    def wr16(self, pa: int, value: int) -> None: ...
+    def wr32(self, pa: int, value: int) -> None: ...
+    def wr64(self, pa: int, value: int) -> None: ...
+    def read(self, pa: int, size: int) -> bytes: ...
+    def write(self, pa: int, data: bytes) -> None: ...
+    def cas64(self, pa: int, old: int, new: int) -> int:
+        """LOCK CMPXCHG: returns the value found; it was replaced if that equals `old`."""
+    def zero_page(self, pa: int, pages: int = 1) -> None:
+        """MOVDIR64B of zeroes over whole 4 KiB pages: no read, sets the TD-owner bit by the KeyID's kind."""
+    def copy_page(self, dst: int, src: int) -> None:
+        """MOVDIR64B loop: 4 KiB from `src` to `dst`."""
+    # --- the register file that a guest runs on (VMX saves RIP, RSP, RFLAGS in the VMCS; software the others)
+    # order: rax rcx rdx rbx rsp rbp rsi rdi r8..r15; RSP here is not used at VM entry (GUEST_RSP is)
+    def gpr(self, index: int) -> int: ...
+    def set_gpr(self, index: int, value: int) -> None: ...
+    def gprs(self) -> tuple[int, ...]: ...
+    def set_gprs(self, values: tuple[int, ...]) -> None: ...
+    def load_gprs(self, pa: int) -> None:
+        """16 registers from 128 bytes of memory, in the order above."""
+    def store_gprs(self, pa: int) -> None: ...
+    def xmm(self, index: int) -> int: ...
+    def set_xmm(self, index: int, value: int) -> None: ...
+    def xsave(self, pa: int, mask: int) -> None:
+        """XSAVES (compacted) of the guest's extended state at `pa` (64-byte aligned)."""
+    def xrstor(self, pa: int, mask: int) -> None: ...
+    def xinit(self, mask: int) -> None: ...
+    xcr0: int
+    cr2: int
+    cr8: int
+    dr: list[int]  # DR0..DR3, DR6 (index 4); DR7 is in the VMCS. Assign the whole list.
+    # --- MSRs this processor really has (those a guest reads and writes without an exit among them)
+    def rdmsr(self, msr: int) -> int | None:
+        """None: there is no such MSR."""
+    def wrmsr(self, msr: int, value: int) -> None: ...
+    def rdtsc(self) -> int:
+        """TSC of this platform: virtual and deterministic unless `tsc_real`, see `configure`."""
+    def configure(self, **options: int | bool) -> None:
+        """cpuid-driven features and limits: gpaw..., `tsc_real`, `tsc_hz`, `pa_bits`; unknown names raise ValueError."""
+    # --- VMX. Field encodings are the SDM's (Appendix B) and the TDX additions (shared EPTP 0x203C, HKID 0x4026).
+    def vmclear(self, pa: int) -> None: ...
+    def vmptrld(self, pa: int) -> None: ...
+    def vmptrst(self) -> int: ...
+    def vmread(self, field: int) -> int: ...
+    def vmwrite(self, field: int, value: int) -> None: ...
+    def vmenter(self, launch: bool) -> int:
+        """VMLAUNCH/VMRESUME: runs the guest until a VM exit, GIL released; returns the exit reason (bits 15:0, bit 31
+        set for a failed entry). The other exit fields are in the VMCS. Raises VmFail.
+
+        Returns 0x10000 | n when the guest executed the escape instruction of hook n (see `allow_escape`): no VM exit
+        took place, the guest state is live in this Core (`live_*`), and `vmcontinue` goes on.
+        """
+    def vmcontinue(self) -> int: ...
+    def invept(self, kind: int, eptp: int) -> None: ...
+    def invvpid(self, kind: int, vpid: int, gla: int) -> None: ...
+    def kick(self) -> None:
+        """An external interrupt for this processor: a guest running on it exits (reason 1) at the next boundary."""
+    def nmi(self) -> None: ...
+    def posted_interrupt(self) -> None:
+        """The posted-interrupt notification vector arrived: a running guest takes its PIR without an exit."""
+    # --- guests in Python: the escape instruction `0F B9 /r` (UD1) with modrm 0x05 and disp32 0x54445800|n
+    def allow_escape(self, on: bool) -> None: ...
+    def live_state(self) -> dict[str, int]: ...
+    def set_live(self, name: str, value: int) -> None:
+        """`name`: rip, rsp, rflags; GPRs by set_gpr."""
+    def guest_read(self, gla: int, size: int) -> bytes:
+        """Through the live guest's page tables and EPT without side effects; SiliconFault if it does not translate."""
+    def guest_write(self, gla: int, data: bytes) -> None: ...
+    # --- counters
+    def counters(self) -> dict[str, int]:
+        """instructions, blocks, tlb_fills, exits, undefined (instructions that raised #UD for want of support), ..."""
+    def undefined(self) -> list[str]:
+        """The instructions, disassembled, that this interpreter could not do and so raised #UD (newest 100)."""
+    trace: Callable[[str], None] | None
+
+def sha384_init() -> bytes:
+    """The 64-byte SHA-384 chaining value at the start (SHA-512 words, big endian)."""
+
+def sha384_blocks(state: bytes, data: bytes) -> bytes:
+    """Compresses whole 128-byte blocks of `data` into `state`; the TDX module keeps the state in its TDCS."""
+
+def sha384_final(state: bytes, length: int, tail: bytes = b"") -> bytes:
+    """The 48-byte digest of `length` bytes already compressed (a multiple of 128) and `tail`."""
+
+PAYLOADS: Final[dict[str, bytes]]
+"""Guest programs built with this crate from native/guests: "launcher" (flat), "demo" (ELF64), ..."""
