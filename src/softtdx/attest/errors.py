@@ -6,7 +6,7 @@ __all__ = ["CollateralError", "MalformedError", "PkiError", "QuotingError"]
 
 
 class MalformedError(SoftTdxError):
-    """Bytes or text that are not what they should be: too short, too long, or a field no such thing can have."""
+    """Bytes or text that are not what they should be: a wrong length, or a field none can have."""
 
 
 class CollateralError(SoftTdxError):
@@ -18,4 +18,4 @@ class PkiError(SoftTdxError):
 
 
 class QuotingError(SoftTdxError):
-    """The quoting enclave refuses: the TDREPORT is not one of this platform, or is of a kind it does not quote."""
+    """The quoting enclave refuses: the TDREPORT is not this platform's, or of no kind it quotes."""

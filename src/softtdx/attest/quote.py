@@ -98,7 +98,7 @@ class TdBody15(TdBody10):
 
 @dataclass(frozen=True)
 class TdBody15Ex(TdBody15):
-    """Body type 4: 885 bytes. The fields after MRSERVICETD describe the VM, the TD's origin and its service TDs."""
+    """Body type 4: 885 bytes. After MRSERVICETD come the VM, the TD's origin and its service TDs."""
 
     vm_id: int = uint(1)
     td_id: bytes = raw(32)
@@ -165,12 +165,15 @@ class SignatureData:
         signature, key = outer.take(64, "signature"), outer.take(64, "attestation key")
         outer_type = outer.uint(2, "certification data type")
         if outer_type != CERTIFICATION_QE_REPORT:
-            raise MalformedError(f"certification data of type {outer_type}; a TD quote has type 6 (QE report)")
-        inner = Reader(outer.take(_length(outer, 4, "certification data"), "certification data"), "QE report
-        data") report = EnclaveReport.parse(inner.take(EnclaveReport.size(), "QE report")) report_signature =
-        inner.take(64, "QE report signature") auth = inner.take(_length(inner, 2, "auth data"), "auth data")
-        chain_type = inner.uint(2, "PCK certification data type") chain = inner.take(_length(inner, 4, "PCK
-        certification data"), "PCK certification data") return cls(
+            raise MalformedError(f"certification data of type {outer_type}; a TD quote has type 6")
+        size = _length(outer, 4, "certification data")
+        inner = Reader(outer.take(size, "certification data"), "certification data")
+        report = EnclaveReport.parse(inner.take(EnclaveReport.size(), "QE report"))
+        report_signature = inner.take(64, "QE report signature")
+        auth = inner.take(_length(inner, 2, "auth data"), "auth data")
+        chain_type = inner.uint(2, "PCK certification data type")
+        chain = inner.take(_length(inner, 4, "PCK certification data"), "PCK certification data")
+        return cls(
             signature,
             key,
             report,
@@ -289,24 +292,24 @@ def signed_bytes(header: QuoteHeader, body: TdBody10) -> bytes:
 def body_of_report(report: TdReport, kind: BodyType) -> TdBody10:
     """The quote body that says what the TDREPORT says."""
     tcb, td = report.tcb, report.td
-    common = {
-        "tee_tcb_svn": tcb.tee_tcb_svn,
-        "mr_seam": tcb.mr_seam,
-        "mr_signer_seam": tcb.mr_signer_seam,
-        "seam_attributes": tcb.attributes,
-        "td_attributes": td.attributes,
-        "xfam": td.xfam,
-        "mr_td": td.mr_td,
-        "mr_config_id": td.mr_config_id,
-        "mr_owner": td.mr_owner,
-        "mr_owner_config": td.mr_owner_config,
-        "rtmr0": td.rtmr0,
-        "rtmr1": td.rtmr1,
-        "rtmr2": td.rtmr2,
-        "rtmr3": td.rtmr3,
-        "report_data": report.mac.report_data,
-    }
+    base = TdBody10(
+        tee_tcb_svn=tcb.tee_tcb_svn,
+        mr_seam=tcb.mr_seam,
+        mr_signer_seam=tcb.mr_signer_seam,
+        seam_attributes=tcb.attributes,
+        td_attributes=td.attributes,
+        xfam=td.xfam,
+        mr_td=td.mr_td,
+        mr_config_id=td.mr_config_id,
+        mr_owner=td.mr_owner,
+        mr_owner_config=td.mr_owner_config,
+        rtmr0=td.rtmr0,
+        rtmr1=td.rtmr1,
+        rtmr2=td.rtmr2,
+        rtmr3=td.rtmr3,
+        report_data=report.mac.report_data,
+    )
     if kind is BodyType.TD10:
-        return TdBody10(**common)
-    later = {**common, "tee_tcb_svn2": tcb.tee_tcb_svn2, "mr_service_td": td.servtd_hash}
-    return TdBody15(**later) if kind is BodyType.TD15 else TdBody15Ex(**later)
+        return base
+    later = TdBody15(**vars(base), tee_tcb_svn2=tcb.tee_tcb_svn2, mr_service_td=td.servtd_hash)
+    return later if kind is BodyType.TD15 else TdBody15Ex(**vars(later))

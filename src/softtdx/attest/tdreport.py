@@ -115,7 +115,7 @@ class TdInfo(Layout):
 
 @dataclass(frozen=True)
 class TdReport:
-    """TDREPORT_STRUCT, 1024 bytes: REPORTMACSTRUCT @0, TEE_TCB_INFO @256, 17 reserved bytes, TDINFO_STRUCT @512."""
+    """TDREPORT_STRUCT, 1024 bytes: REPORTMACSTRUCT @0, TEE_TCB_INFO @256, 17 reserved, TDINFO @512."""
 
     SIZE: ClassVar[int] = 1024
 

@@ -86,7 +86,7 @@ class Layout:
         )
 
     def describe(self) -> dict[str, str | int]:
-        """Every field that is not reserved padding, bytes as hex; reserved ones too when they are not zero."""
+        """Every field, bytes as hex; a reserved one only when it is not zero."""
         out: dict[str, str | int] = {}
         for item in fields(self):
             value = getattr(self, item.name)
