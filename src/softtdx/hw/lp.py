@@ -1,0 +1,183 @@
+"""A logical processor: its modes, and the instructions that lead from one to another."""
+
+from collections.abc import Callable
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from softtdx._silicon import Core
+from softtdx.hw.description import CpuidValues
+from softtdx.hw.faults import GeneralProtection, MachineCheck, UndefinedOpcode, VmFail
+from softtdx.hw.isa import SeamCpu
+from softtdx.hw.registers import Registers
+
+if TYPE_CHECKING:
+    from softtdx.hw.platform import Platform
+
+__all__ = ["GuestEngine", "LogicalProcessor", "Mode"]
+
+GuestEngine = Callable[[Core, bool], int]
+"""(core, launch) -> exit reason: stands in for the interpreter, e.g. to replay recorded exits."""
+
+_ESCAPE = 0x10000  # Core.vmenter: the guest executed the escape instruction of hook n = low 16 bits
+_P_SEAMLDR = 1 << 63
+_LEAF_MASK = 0xFFFF
+
+MSR_MKTME_KEYID_PARTITIONING = 0x87
+MSR_SEAMRR_BASE = 0x1400
+MSR_SEAMRR_MASK = 0x1401
+
+
+class Mode(Enum):
+    """Where the processor executes. Non-root modes are inside `enter_guest`."""
+
+    VMX_ROOT = "VMX root"
+    SEAM_ROOT = "SEAM root"
+    VMX_NON_ROOT = "VMX non-root"
+    SEAM_NON_ROOT = "SEAM non-root"
+
+
+class LogicalProcessor:
+    """One hardware thread. The host (VMX root) uses it directly; SEAM software gets `SeamCpu`.
+
+    One thread of the host uses it at a time (KVM: the vCPU thread that is scheduled on it); `interrupt` and `nmi`
+    may come from any.
+    """
+
+    def __init__(self, platform: "Platform", index: int) -> None:
+        """Processor `index` of `platform`, in VMX root mode, as after VMXON."""
+        d = platform.description
+        self.platform = platform
+        self.index = index
+        self.package = index // d.lps_per_package
+        self.apic_id = index
+        self.mode = Mode.VMX_ROOT
+        self.core = Core(platform.memory, self.apic_id)
+        self.core.configure(tsc_hz=d.tsc_hz, tsc_real=d.tsc_real)
+        self.interrupt_pending = False
+        self.guest_engine: GuestEngine | None = None
+        self._seam_cpu = SeamCpu(self)
+        core = self.core
+        self.rd8, self.rd16, self.rd32, self.rd64 = core.rd8, core.rd16, core.rd32, core.rd64
+        self.wr8, self.wr16, self.wr32, self.wr64 = core.wr8, core.wr16, core.wr32, core.wr64
+        self.read, self.write = core.read, core.write
+        self.zero_page, self.copy_page = core.zero_page, core.copy_page
+
+    # --- SEAMCALL
+    def seamcall(self, regs: Registers) -> Registers:
+        """SEAMCALL with `regs`, which hold the results afterwards (and are returned).
+
+        RAX bit 63 selects the P-SEAMLDR. Raises UndefinedOpcode outside VMX root mode, GeneralProtection before
+        SEAMRR is enabled, VmFail (VMfailInvalid) when the SEAM software asked for is not loaded, MachineCheck when
+        it consumed poison: then that software is gone for good.
+        """
+        if self.mode is not Mode.VMX_ROOT:
+            raise UndefinedOpcode(f"SEAMCALL in {self.mode.value} mode")
+        seam = self.platform.seam
+        if not seam.enabled:
+            raise GeneralProtection("SEAMCALL before SEAMRR is enabled")
+        leaf = regs.rax
+        to_loader = leaf >> 63
+        software = seam.loader if to_loader else seam.module
+        if software is None:
+            raise VmFail("SEAMCALL: the SEAM software is not loaded")
+        events = self.platform.events
+        events.counts["seamldr" if to_loader else "seamcall"] += 1
+        operands = regs.values() if events.active else ()
+        core = self.core
+        self.mode = Mode.SEAM_ROOT
+        core.seam = True
+        try:
+            software.seam_entry(self._seam_cpu, regs)
+        except MachineCheck:
+            seam.unbreakable_shutdown(to_loader=bool(to_loader))
+            raise
+        finally:
+            core.seam = False
+            self.mode = Mode.VMX_ROOT
+        if events.active:
+            kind = "seamldr" if to_loader else "seamcall"
+            events.publish(kind, self.index, leaf=leaf & _LEAF_MASK, operands=operands, results=regs.values())
+        return regs
+
+    def seamret(self) -> None:
+        """SEAMRET: #UD anywhere but in SEAM root mode, where it is the return of the entry point."""
+        if self.mode is not Mode.SEAM_ROOT:
+            raise UndefinedOpcode(f"SEAMRET in {self.mode.value} mode")
+        raise GeneralProtection("SEAMRET is the return of the SEAM software's entry point")
+
+    def seamops(self) -> int:
+        """SEAMOPS[CAPABILITIES]: #UD outside SEAM root mode."""
+        if self.mode is not Mode.SEAM_ROOT:
+            raise UndefinedOpcode(f"SEAMOPS in {self.mode.value} mode")
+        return self.platform.seamops.capabilities()
+
+    def tdcall(self) -> None:
+        """TDCALL: #UD for root-mode software; a TD's own TDCALL is executed by the interpreter."""
+        raise UndefinedOpcode(f"TDCALL in {self.mode.value} mode")
+
+    # --- VMX
+    def vmenter(self, launch: bool) -> int:
+        """VMLAUNCH/VMRESUME by the host: an ordinary VM runs until its VM exit; returns the exit reason."""
+        if self.mode is not Mode.VMX_ROOT:
+            raise UndefinedOpcode(f"VMLAUNCH in {self.mode.value} mode by the host")
+        return self.enter_guest(launch)
+
+    def enter_guest(self, launch: bool) -> int:
+        """Run the current VMCS in the non-root mode that belongs to the current root mode."""
+        root = self.mode
+        self.mode = Mode.SEAM_NON_ROOT if root is Mode.SEAM_ROOT else Mode.VMX_NON_ROOT
+        core = self.core
+        try:
+            if self.guest_engine is not None:
+                reason = self.guest_engine(core, launch)
+            else:
+                reason = core.vmenter(launch)
+                while reason & _ESCAPE and not reason >> 31:
+                    self.platform.escapes[reason & 0xFFFF](self)
+                    reason = core.vmcontinue()
+        finally:
+            self.mode = root
+        self.platform.events.counts["vm_exit"] += 1
+        return reason
+
+    # --- interrupts, from any thread
+    def interrupt(self) -> None:
+        """An external interrupt for this processor: a guest on it exits; long SEAM leaves return early."""
+        self.interrupt_pending = True
+        self.core.kick()
+
+    def acknowledge_interrupt(self) -> None:
+        """The host took the interrupt (its IRQ handler ran)."""
+        self.interrupt_pending = False
+
+    def nmi(self) -> None:
+        """A non-maskable interrupt for this processor."""
+        self.core.nmi()
+
+    # --- CPUID and MSRs of the real processor
+    def cpuid(self, leaf: int, subleaf: int = 0) -> CpuidValues:
+        """CPUID as executed in root mode; unknown leaves give zeroes."""
+        table = self.platform.description.cpuid
+        values = table.get((leaf, None)) or table.get((leaf, subleaf))
+        return values if values is not None else (0, 0, 0, 0)
+
+    def rdmsr(self, msr: int) -> int:
+        """RDMSR in root mode. Raises GeneralProtection when there is no such MSR."""
+        value = self.platform.rdmsr(msr)
+        if value is None:
+            value = self.core.rdmsr(msr)
+        if value is None:
+            raise GeneralProtection(f"RDMSR of {msr:#x}, which this processor does not have")
+        return value
+
+    def wrmsr(self, msr: int, value: int) -> None:
+        """WRMSR in root mode. Raises GeneralProtection when there is no such MSR or it is locked."""
+        if self.platform.rdmsr(msr) is not None:
+            if msr in (MSR_MKTME_KEYID_PARTITIONING, MSR_SEAMRR_BASE, MSR_SEAMRR_MASK):
+                raise GeneralProtection(f"WRMSR of {msr:#x}, which the platform's firmware locked")
+            return
+        self.core.wrmsr(msr, value)
+
+    def __repr__(self) -> str:
+        """Index, package and mode."""
+        return f"<LP {self.index} of package {self.package}, {self.mode.value}>"

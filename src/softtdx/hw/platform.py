@@ -1,0 +1,110 @@
+"""The machine as its firmware hands it over: memory, KeyIDs, SEAMRR, logical processors, report key."""
+
+from collections.abc import Callable
+from threading import Lock
+
+from softtdx._silicon import Memory
+from softtdx.hw.description import PlatformDescription, preset
+from softtdx.hw.events import EventStream
+from softtdx.hw.isa import SeamSoftware
+from softtdx.hw.lp import MSR_MKTME_KEYID_PARTITIONING, MSR_SEAMRR_BASE, MSR_SEAMRR_MASK, LogicalProcessor
+from softtdx.hw.seamops import RandomSource, SeamOpsEngine
+
+__all__ = ["Platform", "SeamRange"]
+
+_MASK52 = (1 << 52) - 1
+_SEAMRR_LOCKED_ENABLED = 0xC00  # IA32_SEAMRR_PHYS_MASK: lock bit 10, enable bit 11
+_SEAMRR_CONFIGURED = 0x8  # IA32_SEAMRR_PHYS_BASE: configured bit 3
+
+
+class SeamRange:
+    """SEAMRR and what is loaded in it.
+
+    `loader` is the P-SEAMLDR, `module` the TDX module; either is None until it is installed.
+    """
+
+    def __init__(self, base: int, size: int) -> None:
+        """An enabled, empty range."""
+        self.base = base
+        self.size = size
+        self.enabled = True
+        self.loader: SeamSoftware | None = None
+        self.module: SeamSoftware | None = None
+        self.shut_down = False
+
+    def unbreakable_shutdown(self, *, to_loader: bool) -> None:
+        """The SEAM software died (#MC, module panic): no SEAMCALL reaches it until the platform is reset."""
+        self.module = None
+        self.shut_down = True
+        if to_loader:
+            self.loader = None
+
+
+class Platform:
+    """One machine, powered on, with TME and SEAMRR set up by its firmware and all processors in VMX root mode."""
+
+    def __init__(self, description: PlatformDescription | None = None) -> None:
+        """Power on the machine that `description` (default: the preset "spr") describes."""
+        d = description or preset("spr")
+        self.description = d
+        self.memory = Memory(
+            list(d.ram),
+            keyid_bits=d.keyid_bits,
+            first_private_keyid=d.first_private_keyid,
+            integrity=d.integrity,
+            tme=d.tme,
+            seed=d.seed,
+        )
+        self.memory.set_seamrr(*d.seamrr)
+        self.events = EventStream()
+        self.entropy = RandomSource(d.seed, "rdrand")
+        self.seamops = SeamOpsEngine(RandomSource(d.seed, "report key").bytes(32), d.cpu_svn, self.entropy)
+        self.seam = SeamRange(*d.seamrr)
+        self.escapes: dict[int, Callable[[LogicalProcessor], None]] = {}
+        self.lps = [LogicalProcessor(self, index) for index in range(d.lps)]
+        self._key_lock = Lock()
+        self._keys: dict[int, set[int]] = {}  # KeyID -> packages it is programmed on
+        self._msrs = self._fixed_msrs()
+
+    def rdmsr(self, msr: int) -> int | None:
+        """MSRs that the description or the platform's set-up fixes; None for the others."""
+        return self._msrs.get(msr)
+
+    def program_random_key(self, package: int, keyid: int) -> bool:
+        """PCONFIG on `package`: a fresh random key for `keyid`. False when another PCONFIG is under way.
+
+        Every package of the simulated machine keeps its own key table; they share one memory engine, whose key
+        changes when the first package programs the KeyID anew.
+        """
+        if not self._key_lock.acquire(blocking=False):
+            return False
+        try:
+            programmed = self._keys.setdefault(keyid, set())
+            if not programmed or package in programmed:
+                programmed.clear()
+                self.memory.set_key(keyid)
+            programmed.add(package)
+        finally:
+            self._key_lock.release()
+        if self.events.active:
+            self.events.publish("key", package, keyid=keyid)
+        return True
+
+    def write_back_caches(self, package: int) -> None:
+        """IA32_WBNOINVDP: memory and caches are one here, so a write-back leaves nothing to do but be seen."""
+        if self.events.active:
+            self.events.publish("cache_write_back", package)
+
+    def release_escape(self, number: int) -> None:
+        """Forget a hook of the escape instruction."""
+        self.escapes.pop(number, None)
+
+    def _fixed_msrs(self) -> dict[int, int]:
+        d = self.description
+        base, size = d.seamrr
+        msrs = dict(d.msrs)
+        private = (1 << d.keyid_bits) - d.first_private_keyid
+        msrs[MSR_MKTME_KEYID_PARTITIONING] = private << 32 | (d.first_private_keyid - 1)
+        msrs[MSR_SEAMRR_BASE] = base | _SEAMRR_CONFIGURED
+        msrs[MSR_SEAMRR_MASK] = _MASK52 & ~(size - 1) | _SEAMRR_LOCKED_ENABLED
+        return msrs
