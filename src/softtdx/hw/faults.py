@@ -13,7 +13,7 @@ __all__ = [
 ]
 
 
-class ModeFault(Exception):
+class ModeFault(Exception):  # noqa: N818 - a fault is the architecture's word
     """An instruction was issued where the processor does not allow it."""
 
 
