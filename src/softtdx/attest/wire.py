@@ -68,13 +68,9 @@ class Layout:
             value, size = getattr(self, item.name), item.metadata["size"]
             if item.metadata["kind"] == "uint":
                 if not 0 <= value < 1 << (8 * size):
-                    raise MalformedError(
-                        f"{type(self).__name__}.{item.name} = {value:#x} does not fit {size} bytes"
-                    )
+                    raise MalformedError(f"{type(self).__name__}.{item.name} = {value:#x} does not fit {size} bytes")
             elif len(value) != size:
-                raise MalformedError(
-                    f"{type(self).__name__}.{item.name} is {size} bytes, this is {len(value)}"
-                )
+                raise MalformedError(f"{type(self).__name__}.{item.name} is {size} bytes, this is {len(value)}")
 
     def to_bytes(self) -> bytes:
         """The structure as it lies in memory."""
