@@ -1,1 +1,1 @@
-"""Placeholder."""
+"""Host-side leaf functions, TDH.*: importing this package registers them all."""

@@ -1,0 +1,1 @@
+"""Guest-side leaf functions, TDG.*: importing this package registers them all."""
