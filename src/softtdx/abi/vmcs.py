@@ -1,203 +1,379 @@
-"""VMCS: field encodings, control bits, and the events that VM entry and VM exit carry.
+"""VMCS: field encodings and control bits (SDM volume 3, appendix B and chapter 25; TDX additions at 203CH and 4026H).
 
-Encodings are those of SDM volume 3, appendix B; the last group are the additions that TDX defines (Intel TDX
-Architecture Specification, "TD VMCS"): the HKID that tags a guest's private accesses and the second EPT pointer.
+An encoding: access type 0 (1: upper half of a 64-bit field), index 9:1, type 11:10 (control, read-only, guest, host),
+width 14:13 (16, 64, 32, natural).
 """
 
+from enum import IntEnum, IntFlag
 from typing import Final
 
-# --- 16-bit fields
-VPID: Final = 0x0000
-POSTED_INTERRUPT_VECTOR: Final = 0x0002
-EPTP_INDEX: Final = 0x0004
-GUEST_ES_SELECTOR: Final = 0x0800
-GUEST_CS_SELECTOR: Final = 0x0802
-GUEST_SS_SELECTOR: Final = 0x0804
-GUEST_DS_SELECTOR: Final = 0x0806
-GUEST_FS_SELECTOR: Final = 0x0808
-GUEST_GS_SELECTOR: Final = 0x080A
-GUEST_LDTR_SELECTOR: Final = 0x080C
-GUEST_TR_SELECTOR: Final = 0x080E
-GUEST_INTERRUPT_STATUS: Final = 0x0810  # RVI 7:0, SVI 15:8
-PML_INDEX: Final = 0x0812
 
-# --- 64-bit control fields
-IO_BITMAP_A: Final = 0x2000
-IO_BITMAP_B: Final = 0x2002
-MSR_BITMAPS: Final = 0x2004
-EXIT_MSR_STORE_ADDRESS: Final = 0x2006
-EXIT_MSR_LOAD_ADDRESS: Final = 0x2008
-ENTRY_MSR_LOAD_ADDRESS: Final = 0x200A
-EXECUTIVE_VMCS_POINTER: Final = 0x200C
-PML_ADDRESS: Final = 0x200E
-TSC_OFFSET: Final = 0x2010
-VIRTUAL_APIC_ADDRESS: Final = 0x2012
-APIC_ACCESS_ADDRESS: Final = 0x2014
-POSTED_INTERRUPT_DESCRIPTOR: Final = 0x2016
-VM_FUNCTION_CONTROLS: Final = 0x2018
-EPTP: Final = 0x201A
-EOI_EXIT_BITMAP0: Final = 0x201C
-EPTP_LIST_ADDRESS: Final = 0x2024
-VMREAD_BITMAP: Final = 0x2026
-VMWRITE_BITMAP: Final = 0x2028
-VE_INFORMATION_ADDRESS: Final = 0x202A
-XSS_EXITING_BITMAP: Final = 0x202C
-ENCLS_EXITING_BITMAP: Final = 0x202E
-TSC_MULTIPLIER: Final = 0x2032
-TERTIARY_CONTROLS: Final = 0x2034
-ENCLV_EXITING_BITMAP: Final = 0x2036
-LOW_PASID_DIRECTORY: Final = 0x2038
-HIGH_PASID_DIRECTORY: Final = 0x203A
-PCONFIG_EXITING_BITMAP: Final = 0x203E
-SPEC_CTRL_MASK: Final = 0x204A
-SPEC_CTRL_SHADOW: Final = 0x204C
+class VmcsField(IntEnum):
+    """Field encodings, full access."""
 
-# --- 64-bit read-only and guest-state fields
-GUEST_PHYSICAL_ADDRESS: Final = 0x2400
-VMCS_LINK_POINTER: Final = 0x2800
-GUEST_IA32_DEBUGCTL: Final = 0x2802
-GUEST_IA32_PAT: Final = 0x2804
-GUEST_IA32_EFER: Final = 0x2806
-GUEST_IA32_PERF_GLOBAL_CTRL: Final = 0x2808
-GUEST_PDPTE0: Final = 0x280A
-GUEST_PDPTE1: Final = 0x280C
-GUEST_PDPTE2: Final = 0x280E
-GUEST_PDPTE3: Final = 0x2810
-GUEST_IA32_RTIT_CTL: Final = 0x2814
-GUEST_IA32_LBR_CTL: Final = 0x2816
-GUEST_IA32_PKRS: Final = 0x2818
+    # 16-bit control
+    VPID = 0x0000
+    POSTED_INTERRUPT_VECTOR = 0x0002
+    EPTP_INDEX = 0x0004
+    HLAT_PREFIX_SIZE = 0x0006
+    LAST_PID_POINTER_INDEX = 0x0008
+    # 16-bit guest
+    GUEST_ES_SELECTOR = 0x0800
+    GUEST_CS_SELECTOR = 0x0802
+    GUEST_SS_SELECTOR = 0x0804
+    GUEST_DS_SELECTOR = 0x0806
+    GUEST_FS_SELECTOR = 0x0808
+    GUEST_GS_SELECTOR = 0x080A
+    GUEST_LDTR_SELECTOR = 0x080C
+    GUEST_TR_SELECTOR = 0x080E
+    GUEST_INTERRUPT_STATUS = 0x0810
+    PML_INDEX = 0x0812
+    GUEST_UINV = 0x0814
+    # 16-bit host
+    HOST_ES_SELECTOR = 0x0C00
+    HOST_CS_SELECTOR = 0x0C02
+    HOST_SS_SELECTOR = 0x0C04
+    HOST_DS_SELECTOR = 0x0C06
+    HOST_FS_SELECTOR = 0x0C08
+    HOST_GS_SELECTOR = 0x0C0A
+    HOST_TR_SELECTOR = 0x0C0C
+    # 64-bit control
+    IO_BITMAP_A = 0x2000
+    IO_BITMAP_B = 0x2002
+    MSR_BITMAP = 0x2004
+    EXIT_MSR_STORE_ADDRESS = 0x2006
+    EXIT_MSR_LOAD_ADDRESS = 0x2008
+    ENTRY_MSR_LOAD_ADDRESS = 0x200A
+    EXECUTIVE_VMCS_POINTER = 0x200C
+    PML_ADDRESS = 0x200E
+    TSC_OFFSET = 0x2010
+    VIRTUAL_APIC_ADDRESS = 0x2012
+    APIC_ACCESS_ADDRESS = 0x2014
+    POSTED_INTERRUPT_DESCRIPTOR = 0x2016
+    VM_FUNCTION_CONTROLS = 0x2018
+    EPTP = 0x201A
+    EOI_EXIT_BITMAP_0 = 0x201C
+    EOI_EXIT_BITMAP_1 = 0x201E
+    EOI_EXIT_BITMAP_2 = 0x2020
+    EOI_EXIT_BITMAP_3 = 0x2022
+    EPTP_LIST_ADDRESS = 0x2024
+    VMREAD_BITMAP = 0x2026
+    VMWRITE_BITMAP = 0x2028
+    VE_INFORMATION_ADDRESS = 0x202A
+    XSS_EXITING_BITMAP = 0x202C
+    ENCLS_EXITING_BITMAP = 0x202E
+    SUB_PAGE_PERMISSION_TABLE = 0x2030
+    TSC_MULTIPLIER = 0x2032
+    TERTIARY_CONTROLS = 0x2034
+    ENCLV_EXITING_BITMAP = 0x2036
+    LOW_PASID_DIRECTORY = 0x2038
+    HIGH_PASID_DIRECTORY = 0x203A
+    SHARED_EPTP = 0x203C
+    PCONFIG_EXITING_BITMAP = 0x203E
+    HLATP = 0x2040
+    PID_POINTER_TABLE = 0x2042
+    SECONDARY_EXIT_CONTROLS = 0x2044
+    SPEC_CTRL_MASK = 0x204A
+    SPEC_CTRL_SHADOW = 0x204C
+    # 64-bit read-only
+    GUEST_PHYSICAL_ADDRESS = 0x2400
+    # 64-bit guest
+    VMCS_LINK_POINTER = 0x2800
+    GUEST_DEBUGCTL = 0x2802
+    GUEST_PAT = 0x2804
+    GUEST_EFER = 0x2806
+    GUEST_PERF_GLOBAL_CTRL = 0x2808
+    GUEST_PDPTE0 = 0x280A
+    GUEST_PDPTE1 = 0x280C
+    GUEST_PDPTE2 = 0x280E
+    GUEST_PDPTE3 = 0x2810
+    GUEST_BNDCFGS = 0x2812
+    GUEST_RTIT_CTL = 0x2814
+    GUEST_LBR_CTL = 0x2816
+    GUEST_PKRS = 0x2818
+    # 64-bit host
+    HOST_PAT = 0x2C00
+    HOST_EFER = 0x2C02
+    HOST_PERF_GLOBAL_CTRL = 0x2C04
+    HOST_PKRS = 0x2C06
+    # 32-bit control
+    PIN_BASED_CONTROLS = 0x4000
+    PRIMARY_CONTROLS = 0x4002
+    EXCEPTION_BITMAP = 0x4004
+    PAGE_FAULT_MASK = 0x4006
+    PAGE_FAULT_MATCH = 0x4008
+    CR3_TARGET_COUNT = 0x400A
+    EXIT_CONTROLS = 0x400C
+    EXIT_MSR_STORE_COUNT = 0x400E
+    EXIT_MSR_LOAD_COUNT = 0x4010
+    ENTRY_CONTROLS = 0x4012
+    ENTRY_MSR_LOAD_COUNT = 0x4014
+    ENTRY_INTERRUPTION_INFO = 0x4016
+    ENTRY_EXCEPTION_ERROR_CODE = 0x4018
+    ENTRY_INSTRUCTION_LENGTH = 0x401A
+    TPR_THRESHOLD = 0x401C
+    SECONDARY_CONTROLS = 0x401E
+    PLE_GAP = 0x4020
+    PLE_WINDOW = 0x4022
+    INSTRUCTION_TIMEOUT_CONTROL = 0x4024
+    TD_HKID = 0x4026
+    # 32-bit read-only
+    VM_INSTRUCTION_ERROR = 0x4400
+    EXIT_REASON = 0x4402
+    EXIT_INTERRUPTION_INFO = 0x4404
+    EXIT_INTERRUPTION_ERROR_CODE = 0x4406
+    IDT_VECTORING_INFO = 0x4408
+    IDT_VECTORING_ERROR_CODE = 0x440A
+    EXIT_INSTRUCTION_LENGTH = 0x440C
+    EXIT_INSTRUCTION_INFO = 0x440E
+    # 32-bit guest
+    GUEST_ES_LIMIT = 0x4800
+    GUEST_CS_LIMIT = 0x4802
+    GUEST_SS_LIMIT = 0x4804
+    GUEST_DS_LIMIT = 0x4806
+    GUEST_FS_LIMIT = 0x4808
+    GUEST_GS_LIMIT = 0x480A
+    GUEST_LDTR_LIMIT = 0x480C
+    GUEST_TR_LIMIT = 0x480E
+    GUEST_GDTR_LIMIT = 0x4810
+    GUEST_IDTR_LIMIT = 0x4812
+    GUEST_ES_ACCESS_RIGHTS = 0x4814
+    GUEST_CS_ACCESS_RIGHTS = 0x4816
+    GUEST_SS_ACCESS_RIGHTS = 0x4818
+    GUEST_DS_ACCESS_RIGHTS = 0x481A
+    GUEST_FS_ACCESS_RIGHTS = 0x481C
+    GUEST_GS_ACCESS_RIGHTS = 0x481E
+    GUEST_LDTR_ACCESS_RIGHTS = 0x4820
+    GUEST_TR_ACCESS_RIGHTS = 0x4822
+    GUEST_INTERRUPTIBILITY = 0x4824
+    GUEST_ACTIVITY_STATE = 0x4826
+    GUEST_SMBASE = 0x4828
+    GUEST_SYSENTER_CS = 0x482A
+    PREEMPTION_TIMER = 0x482E
+    # 32-bit host
+    HOST_SYSENTER_CS = 0x4C00
+    # natural-width control
+    CR0_MASK = 0x6000
+    CR4_MASK = 0x6002
+    CR0_READ_SHADOW = 0x6004
+    CR4_READ_SHADOW = 0x6006
+    CR3_TARGET_0 = 0x6008
+    CR3_TARGET_1 = 0x600A
+    CR3_TARGET_2 = 0x600C
+    CR3_TARGET_3 = 0x600E
+    # natural-width read-only
+    EXIT_QUALIFICATION = 0x6400
+    IO_RCX = 0x6402
+    IO_RSI = 0x6404
+    IO_RDI = 0x6406
+    IO_RIP = 0x6408
+    GUEST_LINEAR_ADDRESS = 0x640A
+    # natural-width guest
+    GUEST_CR0 = 0x6800
+    GUEST_CR3 = 0x6802
+    GUEST_CR4 = 0x6804
+    GUEST_ES_BASE = 0x6806
+    GUEST_CS_BASE = 0x6808
+    GUEST_SS_BASE = 0x680A
+    GUEST_DS_BASE = 0x680C
+    GUEST_FS_BASE = 0x680E
+    GUEST_GS_BASE = 0x6810
+    GUEST_LDTR_BASE = 0x6812
+    GUEST_TR_BASE = 0x6814
+    GUEST_GDTR_BASE = 0x6816
+    GUEST_IDTR_BASE = 0x6818
+    GUEST_DR7 = 0x681A
+    GUEST_RSP = 0x681C
+    GUEST_RIP = 0x681E
+    GUEST_RFLAGS = 0x6820
+    GUEST_PENDING_DEBUG = 0x6822
+    GUEST_SYSENTER_ESP = 0x6824
+    GUEST_SYSENTER_EIP = 0x6826
+    GUEST_S_CET = 0x6828
+    GUEST_SSP = 0x682A
+    GUEST_INTERRUPT_SSP_TABLE = 0x682C
+    # natural-width host
+    HOST_CR0 = 0x6C00
+    HOST_CR3 = 0x6C02
+    HOST_CR4 = 0x6C04
+    HOST_FS_BASE = 0x6C06
+    HOST_GS_BASE = 0x6C08
+    HOST_TR_BASE = 0x6C0A
+    HOST_GDTR_BASE = 0x6C0C
+    HOST_IDTR_BASE = 0x6C0E
+    HOST_SYSENTER_ESP = 0x6C10
+    HOST_SYSENTER_EIP = 0x6C12
+    HOST_RSP = 0x6C14
+    HOST_RIP = 0x6C16
+    HOST_S_CET = 0x6C18
+    HOST_SSP = 0x6C1A
+    HOST_INTERRUPT_SSP_TABLE = 0x6C1C
 
-# --- 32-bit control fields
-PIN_BASED_CONTROLS: Final = 0x4000
-PROCESSOR_CONTROLS: Final = 0x4002
-EXCEPTION_BITMAP: Final = 0x4004
-PAGE_FAULT_ERROR_MASK: Final = 0x4006
-PAGE_FAULT_ERROR_MATCH: Final = 0x4008
-CR3_TARGET_COUNT: Final = 0x400A
-EXIT_CONTROLS: Final = 0x400C
-ENTRY_CONTROLS: Final = 0x4012
-ENTRY_INTERRUPTION_INFO: Final = 0x4016
-ENTRY_EXCEPTION_ERROR_CODE: Final = 0x4018
-ENTRY_INSTRUCTION_LENGTH: Final = 0x401A
-TPR_THRESHOLD: Final = 0x401C
-SECONDARY_CONTROLS: Final = 0x401E
-PLE_GAP: Final = 0x4020
-PLE_WINDOW: Final = 0x4022
-INSTRUCTION_TIMEOUT: Final = 0x4024
 
-# --- 32-bit read-only fields
-VM_INSTRUCTION_ERROR: Final = 0x4400
-EXIT_REASON: Final = 0x4402
-EXIT_INTERRUPTION_INFO: Final = 0x4404
-EXIT_INTERRUPTION_ERROR_CODE: Final = 0x4406
-IDT_VECTORING_INFO: Final = 0x4408
-IDT_VECTORING_ERROR_CODE: Final = 0x440A
-EXIT_INSTRUCTION_LENGTH: Final = 0x440C
-EXIT_INSTRUCTION_INFO: Final = 0x440E
+FIELD_HIGH: Final = 1  # access type of a 32-bit access to the upper half of a 64-bit field
+_WIDTH_BYTES: Final = (2, 8, 4, 8)
 
-# --- 32-bit guest-state fields
-GUEST_ES_LIMIT: Final = 0x4800
-GUEST_CS_LIMIT: Final = 0x4802
-GUEST_SS_LIMIT: Final = 0x4804
-GUEST_DS_LIMIT: Final = 0x4806
-GUEST_FS_LIMIT: Final = 0x4808
-GUEST_GS_LIMIT: Final = 0x480A
-GUEST_LDTR_LIMIT: Final = 0x480C
-GUEST_TR_LIMIT: Final = 0x480E
-GUEST_GDTR_LIMIT: Final = 0x4810
-GUEST_IDTR_LIMIT: Final = 0x4812
-GUEST_ES_ACCESS_RIGHTS: Final = 0x4814
-GUEST_CS_ACCESS_RIGHTS: Final = 0x4816
-GUEST_SS_ACCESS_RIGHTS: Final = 0x4818
-GUEST_DS_ACCESS_RIGHTS: Final = 0x481A
-GUEST_FS_ACCESS_RIGHTS: Final = 0x481C
-GUEST_GS_ACCESS_RIGHTS: Final = 0x481E
-GUEST_LDTR_ACCESS_RIGHTS: Final = 0x4820
-GUEST_TR_ACCESS_RIGHTS: Final = 0x4822
-GUEST_INTERRUPTIBILITY: Final = 0x4824
-GUEST_ACTIVITY_STATE: Final = 0x4826
-GUEST_SMBASE: Final = 0x4828
-GUEST_SYSENTER_CS: Final = 0x482A
 
-# --- natural-width fields
-CR0_MASK: Final = 0x6000
-CR4_MASK: Final = 0x6002
-CR0_READ_SHADOW: Final = 0x6004
-CR4_READ_SHADOW: Final = 0x6006
-EXIT_QUALIFICATION: Final = 0x6400
-GUEST_LINEAR_ADDRESS: Final = 0x640A
-GUEST_CR0: Final = 0x6800
-GUEST_CR3: Final = 0x6802
-GUEST_CR4: Final = 0x6804
-GUEST_CS_BASE: Final = 0x6808
-GUEST_DR7: Final = 0x681A
-GUEST_RSP: Final = 0x681C
-GUEST_RIP: Final = 0x681E
-GUEST_RFLAGS: Final = 0x6820
-GUEST_PENDING_DEBUG_EXCEPTIONS: Final = 0x6822
+class FieldType(IntEnum):
+    """Bits 11:10 of an encoding."""
 
-# --- TDX additions
-SHARED_EPTP: Final = 0x203C
-TD_HKID: Final = 0x4026
+    CONTROL = 0
+    READ_ONLY = 1
+    GUEST = 2
+    HOST = 3
 
-REVISION_MASK: Final = 0x7FFF_FFFF  # the first 4 bytes of a VMCS region: revision identifier, IA32_VMX_BASIC 30:0
 
-# --- control bits
-PIN_POSTED_INTERRUPTS: Final = 1 << 7
+def field_width(encoding: int) -> int:
+    """Bytes of a field: 2, 4 or 8; natural width is 8, an upper half 4."""
+    if encoding & FIELD_HIGH and encoding >> 13 & 3 == 1:
+        return 4
+    return _WIDTH_BYTES[encoding >> 13 & 3]
 
-PROC_MWAIT_EXITING: Final = 1 << 10
-PROC_RDPMC_EXITING: Final = 1 << 11
-PROC_NMI_WINDOW_EXITING: Final = 1 << 22
-PROC_MONITOR_TRAP_FLAG: Final = 1 << 27
-PROC_MONITOR_EXITING: Final = 1 << 29
 
-PROC2_USER_WAIT_PAUSE: Final = 1 << 26
-PROC2_ENABLE_PCONFIG: Final = 1 << 27
-PROC2_ENCLV_EXITING: Final = 1 << 28
+def field_type(encoding: int) -> FieldType:
+    """Whether a field is a control, read-only, guest or host field."""
+    return FieldType(encoding >> 10 & 3)
 
-PROC3_GPAW: Final = 1 << 5
-PROC3_VIRTUALIZE_SPEC_CTRL: Final = 1 << 7
 
-EXIT_SAVE_PERF_GLOBAL_CTRL: Final = 1 << 30
-ENTRY_LOAD_PKRS: Final = 1 << 22
+class PinBased(IntFlag):
+    """Pin-based VM-execution controls."""
 
-# --- exit reason, beside the basic reason in bits 15:0
-EXIT_BUS_LOCK_PREEMPTED: Final = 1 << 26
-EXIT_ENTRY_FAILED: Final = 1 << 31
-EXIT_BASIC_MASK: Final = 0xFFFF
+    EXTERNAL_INTERRUPT_EXITING = 1 << 0
+    NMI_EXITING = 1 << 3
+    VIRTUAL_NMIS = 1 << 5
+    PREEMPTION_TIMER = 1 << 6
+    POSTED_INTERRUPTS = 1 << 7
 
-# --- interruptibility
-BLOCKING_BY_STI: Final = 1 << 0
-BLOCKING_BY_MOV_SS: Final = 1 << 1
-BLOCKING_BY_NMI: Final = 1 << 3
 
-# --- pending debug exceptions
-PENDING_DEBUG_ENABLED: Final = 1 << 12
-PENDING_DEBUG_BS: Final = 1 << 14
-PENDING_DEBUG_RTM: Final = 1 << 16
+class Primary(IntFlag):
+    """Primary processor-based VM-execution controls."""
 
-# --- interruption information: vector 7:0, type 10:8, error code 11, NMI unblocking 12, valid 31
-INFO_VECTOR_MASK: Final = 0xFF
-INFO_TYPE_MASK: Final = 0x700
-INFO_TYPE_NMI: Final = 2 << 8
-INFO_TYPE_HARDWARE_EXCEPTION: Final = 3 << 8
-INFO_ERROR_CODE: Final = 1 << 11
-INFO_NMI_UNBLOCKING: Final = 1 << 12
-INFO_VALID: Final = 1 << 31
-# What VM entry may be given of an interruption or IDT-vectoring information: the rest is reserved there.
-INFO_ENTRY_MASK: Final = INFO_VALID | INFO_ERROR_CODE | INFO_TYPE_MASK | INFO_VECTOR_MASK
+    INTERRUPT_WINDOW_EXITING = 1 << 2
+    TSC_OFFSETTING = 1 << 3
+    HLT_EXITING = 1 << 7
+    INVLPG_EXITING = 1 << 9
+    MWAIT_EXITING = 1 << 10
+    RDPMC_EXITING = 1 << 11
+    RDTSC_EXITING = 1 << 12
+    CR3_LOAD_EXITING = 1 << 15
+    CR3_STORE_EXITING = 1 << 16
+    TERTIARY_CONTROLS = 1 << 17
+    CR8_LOAD_EXITING = 1 << 19
+    CR8_STORE_EXITING = 1 << 20
+    TPR_SHADOW = 1 << 21
+    NMI_WINDOW_EXITING = 1 << 22
+    MOV_DR_EXITING = 1 << 23
+    UNCONDITIONAL_IO_EXITING = 1 << 24
+    IO_BITMAPS = 1 << 25
+    MONITOR_TRAP_FLAG = 1 << 27
+    MSR_BITMAPS = 1 << 28
+    MONITOR_EXITING = 1 << 29
+    PAUSE_EXITING = 1 << 30
+    SECONDARY_CONTROLS = 1 << 31
 
-# --- segment access rights
-ACCESS_RIGHTS_LONG: Final = 1 << 13
-ACCESS_RIGHTS_DPL_SHIFT: Final = 5
 
-# --- EPT-violation exit qualification
-EPT_READ: Final = 1 << 0
-EPT_WRITE: Final = 1 << 1
-EPT_FETCH: Final = 1 << 2
-EPT_READABLE: Final = 1 << 3
-EPT_WRITABLE: Final = 1 << 4
-EPT_EXECUTABLE: Final = 1 << 5
-EPT_GLA_VALID: Final = 1 << 7
-EPT_NMI_UNBLOCKING: Final = 1 << 12
-EPT_SHADOW_STACK: Final = 1 << 13
+class Secondary(IntFlag):
+    """Secondary processor-based VM-execution controls."""
+
+    VIRTUALIZE_APIC_ACCESSES = 1 << 0
+    ENABLE_EPT = 1 << 1
+    DESCRIPTOR_TABLE_EXITING = 1 << 2
+    ENABLE_RDTSCP = 1 << 3
+    VIRTUALIZE_X2APIC = 1 << 4
+    ENABLE_VPID = 1 << 5
+    WBINVD_EXITING = 1 << 6
+    UNRESTRICTED_GUEST = 1 << 7
+    APIC_REGISTER_VIRTUALIZATION = 1 << 8
+    VIRTUAL_INTERRUPT_DELIVERY = 1 << 9
+    PAUSE_LOOP_EXITING = 1 << 10
+    RDRAND_EXITING = 1 << 11
+    ENABLE_INVPCID = 1 << 12
+    ENABLE_VM_FUNCTIONS = 1 << 13
+    VMCS_SHADOWING = 1 << 14
+    ENCLS_EXITING = 1 << 15
+    RDSEED_EXITING = 1 << 16
+    ENABLE_PML = 1 << 17
+    EPT_VIOLATION_VE = 1 << 18
+    CONCEAL_VMX_FROM_PT = 1 << 19
+    ENABLE_XSAVES = 1 << 20
+    PASID_TRANSLATION = 1 << 21
+    MODE_BASED_EXECUTE = 1 << 22
+    SUB_PAGE_WRITE_PERMISSIONS = 1 << 23
+    PT_GUEST_PHYSICAL = 1 << 24
+    TSC_SCALING = 1 << 25
+    USER_WAIT_PAUSE = 1 << 26
+    ENABLE_PCONFIG = 1 << 27
+    ENCLV_EXITING = 1 << 28
+    BUS_LOCK_DETECTION = 1 << 30
+    INSTRUCTION_TIMEOUT = 1 << 31
+
+
+class Tertiary(IntFlag):
+    """Tertiary processor-based VM-execution controls."""
+
+    LOADIWKEY_EXITING = 1 << 0
+    ENABLE_HLAT = 1 << 1
+    EPT_PAGING_WRITE = 1 << 2
+    GUEST_PAGING_VERIFICATION = 1 << 3
+    IPI_VIRTUALIZATION = 1 << 4
+    GPAW_52 = 1 << 5  # SEAM only: shared bit is GPA bit 51, not 47
+    VIRTUALIZE_SPEC_CTRL = 1 << 7
+
+
+class ExitControls(IntFlag):
+    """Primary VM-exit controls."""
+
+    SAVE_DEBUG_CONTROLS = 1 << 2
+    HOST_ADDRESS_SPACE_SIZE = 1 << 9
+    LOAD_PERF_GLOBAL_CTRL = 1 << 12
+    ACK_INTERRUPT = 1 << 15
+    SAVE_PAT = 1 << 18
+    LOAD_PAT = 1 << 19
+    SAVE_EFER = 1 << 20
+    LOAD_EFER = 1 << 21
+    SAVE_PREEMPTION_TIMER = 1 << 22
+    CLEAR_BNDCFGS = 1 << 23
+    CONCEAL_VMX_FROM_PT = 1 << 24
+    CLEAR_RTIT_CTL = 1 << 25
+    CLEAR_LBR_CTL = 1 << 26
+    CLEAR_UINV = 1 << 27
+    LOAD_CET = 1 << 28
+    LOAD_PKRS = 1 << 29
+    SAVE_PERF_GLOBAL_CTRL = 1 << 30
+    SECONDARY_CONTROLS = 1 << 31
+
+
+class EntryControls(IntFlag):
+    """VM-entry controls."""
+
+    LOAD_DEBUG_CONTROLS = 1 << 2
+    IA32E_MODE_GUEST = 1 << 9
+    ENTRY_TO_SMM = 1 << 10
+    DEACTIVATE_DUAL_MONITOR = 1 << 11
+    LOAD_PERF_GLOBAL_CTRL = 1 << 13
+    LOAD_PAT = 1 << 14
+    LOAD_EFER = 1 << 15
+    LOAD_BNDCFGS = 1 << 16
+    CONCEAL_VMX_FROM_PT = 1 << 17
+    LOAD_RTIT_CTL = 1 << 18
+    LOAD_UINV = 1 << 19
+    LOAD_CET = 1 << 20
+    LOAD_LBR_CTL = 1 << 21
+    LOAD_PKRS = 1 << 22
+
+
+# EPTP: memory type 2:0, walk length minus 1 in 5:3, A/D 6, supervisor shadow stack 7, table address 51:12.
+EPTP_MT_WB: Final = 6
+EPTP_WALK_4: Final = 3 << 3
+EPTP_WALK_5: Final = 4 << 3
+EPTP_ACCESSED_DIRTY: Final = 1 << 6
+EPTP_SHADOW_STACK: Final = 1 << 7
+EPTP_ADDRESS: Final = 0x000F_FFFF_FFFF_F000
+
+# Segment access rights (SDM 25.4.1).
+AR_UNUSABLE: Final = 1 << 16
+AR_CODE64: Final = 0xA09B
+AR_CODE32: Final = 0xC09B
+AR_DATA32: Final = 0xC093
+AR_TSS_BUSY: Final = 0x008B
+AR_LDT: Final = 0x0082
