@@ -323,7 +323,9 @@ def table_for(context: int, class_code: int) -> FieldTable | None:
 
 
 def _field(name: str, index: int, row: list[str | int | None]) -> MdField:
-    title, raw_id, class_name, fields, elements, offset, attributes, special_rd, special_wr, out, into = row[:-_MASK_COLUMNS]
+    title, raw_id, class_name, fields, elements, offset, attributes, special_rd, special_wr, out, into = row[
+        :-_MASK_COLUMNS
+    ]
     raw = int(str(raw_id), 16)
     parts = field_id(raw)
     masks = [int(str(mask), 16) for mask in row[-_MASK_COLUMNS:]]

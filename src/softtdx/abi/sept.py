@@ -78,8 +78,8 @@ class PageLevel(IntEnum):
 class SeptState(IntEnum):
     """State of an L1 S-EPT entry, by its encoding."""
 
-    FREE = 0x0e
-    REMOVED = 0x0c
+    FREE = 0x0E
+    REMOVED = 0x0C
     NL_MAPPED = 0x00
     NL_BLOCKED = 0x08
     MAPPED = 0x60

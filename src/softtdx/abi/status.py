@@ -472,11 +472,7 @@ def _names_operand_zero(status: Status) -> bool:
 
 def _describe_unknown(rax: int) -> str:
     parts = split(rax)
-    flags = [
-        flag
-        for flag, on in zip(("error", "non-recoverable", "fatal", "host hint"), parts[:4], strict=True)
-        if on
-    ]
+    flags = [flag for flag, on in zip(("error", "non-recoverable", "fatal", "host hint"), parts[:4], strict=True) if on]
     base = _BY_IDENTITY.get((rax >> 32) & 0xFFFF)
     known = f"{base.name} with other flags" if base is not None else "unknown status"
     return f"{known} {rax & STATUS_MASK:#018x} [{', '.join(flags) or 'no error'}]"

@@ -1,4 +1,7 @@
-"""Structures that host, guest, loader and module hand each other (TDX Module ABI; SEAM Loader interface specification)."""
+"""Structures that host, guest, loader and module hand each other.
+
+TDX Module ABI; SEAM Loader interface specification; SDM volume 2 for PCONFIG.
+"""
 
 from enum import IntEnum, IntFlag
 from typing import Final
@@ -500,7 +503,7 @@ class SysInfoTable(Wire, size=4096):
 
 
 class VeInfo(Wire, size=128):
-    """The #VE information area: the CPU writes the head, the module the rest. `valid` is all ones while it is in use."""
+    """The #VE information area: the CPU writes the head, the module the rest. `valid` is all ones while in use."""
 
     exit_reason = uint(0, 4)
     valid = uint(4, 4)

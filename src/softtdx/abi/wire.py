@@ -9,14 +9,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, Self, TypeVar, cast, overload
+from typing import Any, ClassVar, Generic, Self, TypeVar, overload
 
 from softtdx.errors import SoftTdxError
 
-__all__ = ["Array", "Bits", "Field", "Part", "Raw", "UInt", "UInts", "Wire", "array", "bits", "part", "raw", "uint", "uints"]
+__all__ = [
+    "Array",
+    "Bits",
+    "Field",
+    "LayoutError",
+    "Part",
+    "Raw",
+    "UInt",
+    "UInts",
+    "Wire",
+    "array",
+    "bits",
+    "part",
+    "raw",
+    "uint",
+    "uints",
+]
 
 Buffer = bytes | bytearray | memoryview
-_INTEGER_SIZES = (1, 2, 3, 4, 6, 8)
+_MAX_INTEGER_SIZE = 8
 
 
 class LayoutError(SoftTdxError):
@@ -47,10 +63,16 @@ class _Descriptor:
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
 
+    def misfit(self, wire: Wire, problem: str) -> LayoutError:
+        """The exception for a value that this field cannot take."""
+        return LayoutError(f"{type(wire).__name__}.{self.name}: {problem}")
+
     def field(self) -> Field:
+        """What the structure's table of fields says of this one."""
         return Field(self.name, self.at, self.size, self.count)
 
     def bytes_of(self, wire: Wire) -> memoryview:
+        """The bytes of this field in a structure."""
         return wire.view[self.at : self.at + self.size]
 
 
@@ -58,7 +80,7 @@ class UInt(_Descriptor):
     """A little-endian unsigned integer."""
 
     def __init__(self, at: int, size: int) -> None:
-        if size not in _INTEGER_SIZES:
+        if not 1 <= size <= _MAX_INTEGER_SIZE:
             raise TypeError(f"an integer field of {size} bytes")
         super().__init__(at, size)
 
@@ -75,7 +97,7 @@ class UInt(_Descriptor):
         try:
             encoded = int(value).to_bytes(self.size, "little")
         except OverflowError:
-            raise LayoutError(f"{type(wire).__name__}.{self.name} has {8 * self.size} bits; {value:#x} does not fit") from None
+            raise self.misfit(wire, f"{value:#x} does not fit in {8 * self.size} bits") from None
         wire.view[self.at : self.at + self.size] = encoded
 
 
@@ -99,7 +121,7 @@ class Bits(_Descriptor):
 
     def __set__(self, wire: Wire, value: int) -> None:
         if not 0 <= value <= self.mask:
-            raise LayoutError(f"{type(wire).__name__}.{self.name}: {value:#x} does not fit in {self.mask.bit_length()} bits")
+            raise self.misfit(wire, f"{value:#x} does not fit in {self.mask.bit_length()} bits")
         whole = self.of.__get__(wire, type(wire))
         self.of.__set__(wire, whole & ~(self.mask << self.low) | value << self.low)
 
@@ -116,7 +138,7 @@ class Raw(_Descriptor):
 
     def __set__(self, wire: Wire, value: Buffer) -> None:
         if len(value) != self.size:
-            raise LayoutError(f"{type(wire).__name__}.{self.name} has {self.size} bytes, not {len(value)}")
+            raise self.misfit(wire, f"{self.size} bytes, not {len(value)}")
         wire.view[self.at : self.at + self.size] = value
 
 
@@ -139,11 +161,11 @@ class UInts(_Descriptor):
 
     def __set__(self, wire: Wire, values: tuple[int, ...] | list[int]) -> None:
         if len(values) != self.count:
-            raise LayoutError(f"{type(wire).__name__}.{self.name} has {self.count} elements, not {len(values)}")
+            raise self.misfit(wire, f"{self.count} elements, not {len(values)}")
         try:
             encoded = b"".join(int(value).to_bytes(self.element, "little") for value in values)
         except OverflowError:
-            raise LayoutError(f"{type(wire).__name__}.{self.name}: an element does not fit in {8 * self.element} bits") from None
+            raise self.misfit(wire, f"an element does not fit in {8 * self.element} bits") from None
         wire.view[self.at : self.at + self.size] = encoded
 
 
@@ -167,7 +189,7 @@ class Part(_Descriptor, Generic[_W]):
     def __set__(self, wire: Wire, value: _W | Buffer) -> None:
         data = bytes(value)
         if len(data) != self.size:
-            raise LayoutError(f"{type(wire).__name__}.{self.name} has {self.size} bytes, not {len(data)}")
+            raise self.misfit(wire, f"{self.size} bytes, not {len(data)}")
         wire.view[self.at : self.at + self.size] = data
 
 
@@ -301,7 +323,7 @@ class Wire:
     def _inner(self) -> Iterator[Wire]:
         for descriptor in vars(type(self)).values():
             if isinstance(descriptor, Part):
-                yield cast(Wire, descriptor.__get__(self, type(self)))
+                yield descriptor.__get__(self, type(self))
             elif isinstance(descriptor, Array):
                 yield from descriptor.__get__(self, type(self))
 
@@ -311,7 +333,7 @@ class Wire:
 
     def __eq__(self, other: object) -> bool:
         """Equal when of the same type and with the same bytes."""
-        return type(other) is type(self) and bytes(self) == bytes(cast(Wire, other))
+        return type(other) is type(self) and bytes(self) == bytes(other)
 
     __hash__ = None  # type: ignore[assignment]  # a view over bytes that may change
 
