@@ -5,6 +5,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from softtdx._silicon import Core
+from softtdx.abi.msrs import Msr
 from softtdx.hw.description import CpuidValues
 from softtdx.hw.faults import GeneralProtection, MachineCheck, UndefinedOpcode, VmFail
 from softtdx.hw.isa import SeamCpu
@@ -22,9 +23,7 @@ _ESCAPE = 0x10000  # Core.vmenter: the guest executed the escape instruction of 
 _P_SEAMLDR = 1 << 63
 _LEAF_MASK = 0xFFFF
 
-MSR_MKTME_KEYID_PARTITIONING = 0x87
-MSR_SEAMRR_BASE = 0x1400
-MSR_SEAMRR_MASK = 0x1401
+_LOCKED_BY_FIRMWARE = (Msr.MKTME_KEYID_PARTITIONING, Msr.TME_ACTIVATE, Msr.SEAMRR_PHYS_BASE, Msr.SEAMRR_PHYS_MASK)
 
 
 class Mode(Enum):
@@ -173,7 +172,7 @@ class LogicalProcessor:
     def wrmsr(self, msr: int, value: int) -> None:
         """WRMSR in root mode. Raises GeneralProtection when there is no such MSR or it is locked."""
         if self.platform.rdmsr(msr) is not None:
-            if msr in (MSR_MKTME_KEYID_PARTITIONING, MSR_SEAMRR_BASE, MSR_SEAMRR_MASK):
+            if msr in _LOCKED_BY_FIRMWARE:
                 raise GeneralProtection(f"WRMSR of {msr:#x}, which the platform's firmware locked")
             return
         self.core.wrmsr(msr, value)
