@@ -1,238 +1,297 @@
-"""VMCS: field encodings and control bits (SDM volume 3, appendix B and chapter 25; TDX additions at 203CH and 4026H).
+"""VMCS: fields as plain ints, control bits, and the events that VM entry and VM exit carry.
 
-An encoding: access type 0 (1: upper half of a 64-bit field), index 9:1, type 11:10 (control, read-only, guest, host),
-width 14:13 (16, 64, 32, natural).
+SDM volume 3, chapter 25; the TDX additions (Intel TDX Architecture Specification, "TD VMCS") are the HKID that tags a
+guest's private accesses and the second EPT pointer. The encodings are at home in `VmcsField`; vmread and vmwrite are
+too hot for enum members, so each has its plain int here.
 """
 
-from enum import IntEnum, IntFlag
+from enum import IntFlag
 from typing import Final
 
+from softtdx.abi.vmcs_field import FIELD_HIGH as FIELD_HIGH
+from softtdx.abi.vmcs_field import FieldType as FieldType
+from softtdx.abi.vmcs_field import VmcsField as VmcsField
+from softtdx.abi.vmcs_field import field_type as field_type
+from softtdx.abi.vmcs_field import field_width as field_width
 
-class VmcsField(IntEnum):
-    """Field encodings, full access."""
+# --- 16-bit control fields
+VPID: Final[int] = VmcsField.VPID.value
+POSTED_INTERRUPT_VECTOR: Final[int] = VmcsField.POSTED_INTERRUPT_VECTOR.value
+EPTP_INDEX: Final[int] = VmcsField.EPTP_INDEX.value
+HLAT_PREFIX_SIZE: Final[int] = VmcsField.HLAT_PREFIX_SIZE.value
+LAST_PID_POINTER_INDEX: Final[int] = VmcsField.LAST_PID_POINTER_INDEX.value
 
-    # 16-bit control
-    VPID = 0x0000
-    POSTED_INTERRUPT_VECTOR = 0x0002
-    EPTP_INDEX = 0x0004
-    HLAT_PREFIX_SIZE = 0x0006
-    LAST_PID_POINTER_INDEX = 0x0008
-    # 16-bit guest
-    GUEST_ES_SELECTOR = 0x0800
-    GUEST_CS_SELECTOR = 0x0802
-    GUEST_SS_SELECTOR = 0x0804
-    GUEST_DS_SELECTOR = 0x0806
-    GUEST_FS_SELECTOR = 0x0808
-    GUEST_GS_SELECTOR = 0x080A
-    GUEST_LDTR_SELECTOR = 0x080C
-    GUEST_TR_SELECTOR = 0x080E
-    GUEST_INTERRUPT_STATUS = 0x0810
-    PML_INDEX = 0x0812
-    GUEST_UINV = 0x0814
-    # 16-bit host
-    HOST_ES_SELECTOR = 0x0C00
-    HOST_CS_SELECTOR = 0x0C02
-    HOST_SS_SELECTOR = 0x0C04
-    HOST_DS_SELECTOR = 0x0C06
-    HOST_FS_SELECTOR = 0x0C08
-    HOST_GS_SELECTOR = 0x0C0A
-    HOST_TR_SELECTOR = 0x0C0C
-    # 64-bit control
-    IO_BITMAP_A = 0x2000
-    IO_BITMAP_B = 0x2002
-    MSR_BITMAP = 0x2004
-    EXIT_MSR_STORE_ADDRESS = 0x2006
-    EXIT_MSR_LOAD_ADDRESS = 0x2008
-    ENTRY_MSR_LOAD_ADDRESS = 0x200A
-    EXECUTIVE_VMCS_POINTER = 0x200C
-    PML_ADDRESS = 0x200E
-    TSC_OFFSET = 0x2010
-    VIRTUAL_APIC_ADDRESS = 0x2012
-    APIC_ACCESS_ADDRESS = 0x2014
-    POSTED_INTERRUPT_DESCRIPTOR = 0x2016
-    VM_FUNCTION_CONTROLS = 0x2018
-    EPTP = 0x201A
-    EOI_EXIT_BITMAP_0 = 0x201C
-    EOI_EXIT_BITMAP_1 = 0x201E
-    EOI_EXIT_BITMAP_2 = 0x2020
-    EOI_EXIT_BITMAP_3 = 0x2022
-    EPTP_LIST_ADDRESS = 0x2024
-    VMREAD_BITMAP = 0x2026
-    VMWRITE_BITMAP = 0x2028
-    VE_INFORMATION_ADDRESS = 0x202A
-    XSS_EXITING_BITMAP = 0x202C
-    ENCLS_EXITING_BITMAP = 0x202E
-    SUB_PAGE_PERMISSION_TABLE = 0x2030
-    TSC_MULTIPLIER = 0x2032
-    TERTIARY_CONTROLS = 0x2034
-    ENCLV_EXITING_BITMAP = 0x2036
-    LOW_PASID_DIRECTORY = 0x2038
-    HIGH_PASID_DIRECTORY = 0x203A
-    SHARED_EPTP = 0x203C
-    PCONFIG_EXITING_BITMAP = 0x203E
-    HLATP = 0x2040
-    PID_POINTER_TABLE = 0x2042
-    SECONDARY_EXIT_CONTROLS = 0x2044
-    SPEC_CTRL_MASK = 0x204A
-    SPEC_CTRL_SHADOW = 0x204C
-    # 64-bit read-only
-    GUEST_PHYSICAL_ADDRESS = 0x2400
-    # 64-bit guest
-    VMCS_LINK_POINTER = 0x2800
-    GUEST_DEBUGCTL = 0x2802
-    GUEST_PAT = 0x2804
-    GUEST_EFER = 0x2806
-    GUEST_PERF_GLOBAL_CTRL = 0x2808
-    GUEST_PDPTE0 = 0x280A
-    GUEST_PDPTE1 = 0x280C
-    GUEST_PDPTE2 = 0x280E
-    GUEST_PDPTE3 = 0x2810
-    GUEST_BNDCFGS = 0x2812
-    GUEST_RTIT_CTL = 0x2814
-    GUEST_LBR_CTL = 0x2816
-    GUEST_PKRS = 0x2818
-    # 64-bit host
-    HOST_PAT = 0x2C00
-    HOST_EFER = 0x2C02
-    HOST_PERF_GLOBAL_CTRL = 0x2C04
-    HOST_PKRS = 0x2C06
-    # 32-bit control
-    PIN_BASED_CONTROLS = 0x4000
-    PRIMARY_CONTROLS = 0x4002
-    EXCEPTION_BITMAP = 0x4004
-    PAGE_FAULT_MASK = 0x4006
-    PAGE_FAULT_MATCH = 0x4008
-    CR3_TARGET_COUNT = 0x400A
-    EXIT_CONTROLS = 0x400C
-    EXIT_MSR_STORE_COUNT = 0x400E
-    EXIT_MSR_LOAD_COUNT = 0x4010
-    ENTRY_CONTROLS = 0x4012
-    ENTRY_MSR_LOAD_COUNT = 0x4014
-    ENTRY_INTERRUPTION_INFO = 0x4016
-    ENTRY_EXCEPTION_ERROR_CODE = 0x4018
-    ENTRY_INSTRUCTION_LENGTH = 0x401A
-    TPR_THRESHOLD = 0x401C
-    SECONDARY_CONTROLS = 0x401E
-    PLE_GAP = 0x4020
-    PLE_WINDOW = 0x4022
-    INSTRUCTION_TIMEOUT_CONTROL = 0x4024
-    TD_HKID = 0x4026
-    # 32-bit read-only
-    VM_INSTRUCTION_ERROR = 0x4400
-    EXIT_REASON = 0x4402
-    EXIT_INTERRUPTION_INFO = 0x4404
-    EXIT_INTERRUPTION_ERROR_CODE = 0x4406
-    IDT_VECTORING_INFO = 0x4408
-    IDT_VECTORING_ERROR_CODE = 0x440A
-    EXIT_INSTRUCTION_LENGTH = 0x440C
-    EXIT_INSTRUCTION_INFO = 0x440E
-    # 32-bit guest
-    GUEST_ES_LIMIT = 0x4800
-    GUEST_CS_LIMIT = 0x4802
-    GUEST_SS_LIMIT = 0x4804
-    GUEST_DS_LIMIT = 0x4806
-    GUEST_FS_LIMIT = 0x4808
-    GUEST_GS_LIMIT = 0x480A
-    GUEST_LDTR_LIMIT = 0x480C
-    GUEST_TR_LIMIT = 0x480E
-    GUEST_GDTR_LIMIT = 0x4810
-    GUEST_IDTR_LIMIT = 0x4812
-    GUEST_ES_ACCESS_RIGHTS = 0x4814
-    GUEST_CS_ACCESS_RIGHTS = 0x4816
-    GUEST_SS_ACCESS_RIGHTS = 0x4818
-    GUEST_DS_ACCESS_RIGHTS = 0x481A
-    GUEST_FS_ACCESS_RIGHTS = 0x481C
-    GUEST_GS_ACCESS_RIGHTS = 0x481E
-    GUEST_LDTR_ACCESS_RIGHTS = 0x4820
-    GUEST_TR_ACCESS_RIGHTS = 0x4822
-    GUEST_INTERRUPTIBILITY = 0x4824
-    GUEST_ACTIVITY_STATE = 0x4826
-    GUEST_SMBASE = 0x4828
-    GUEST_SYSENTER_CS = 0x482A
-    PREEMPTION_TIMER = 0x482E
-    # 32-bit host
-    HOST_SYSENTER_CS = 0x4C00
-    # natural-width control
-    CR0_MASK = 0x6000
-    CR4_MASK = 0x6002
-    CR0_READ_SHADOW = 0x6004
-    CR4_READ_SHADOW = 0x6006
-    CR3_TARGET_0 = 0x6008
-    CR3_TARGET_1 = 0x600A
-    CR3_TARGET_2 = 0x600C
-    CR3_TARGET_3 = 0x600E
-    # natural-width read-only
-    EXIT_QUALIFICATION = 0x6400
-    IO_RCX = 0x6402
-    IO_RSI = 0x6404
-    IO_RDI = 0x6406
-    IO_RIP = 0x6408
-    GUEST_LINEAR_ADDRESS = 0x640A
-    # natural-width guest
-    GUEST_CR0 = 0x6800
-    GUEST_CR3 = 0x6802
-    GUEST_CR4 = 0x6804
-    GUEST_ES_BASE = 0x6806
-    GUEST_CS_BASE = 0x6808
-    GUEST_SS_BASE = 0x680A
-    GUEST_DS_BASE = 0x680C
-    GUEST_FS_BASE = 0x680E
-    GUEST_GS_BASE = 0x6810
-    GUEST_LDTR_BASE = 0x6812
-    GUEST_TR_BASE = 0x6814
-    GUEST_GDTR_BASE = 0x6816
-    GUEST_IDTR_BASE = 0x6818
-    GUEST_DR7 = 0x681A
-    GUEST_RSP = 0x681C
-    GUEST_RIP = 0x681E
-    GUEST_RFLAGS = 0x6820
-    GUEST_PENDING_DEBUG = 0x6822
-    GUEST_SYSENTER_ESP = 0x6824
-    GUEST_SYSENTER_EIP = 0x6826
-    GUEST_S_CET = 0x6828
-    GUEST_SSP = 0x682A
-    GUEST_INTERRUPT_SSP_TABLE = 0x682C
-    # natural-width host
-    HOST_CR0 = 0x6C00
-    HOST_CR3 = 0x6C02
-    HOST_CR4 = 0x6C04
-    HOST_FS_BASE = 0x6C06
-    HOST_GS_BASE = 0x6C08
-    HOST_TR_BASE = 0x6C0A
-    HOST_GDTR_BASE = 0x6C0C
-    HOST_IDTR_BASE = 0x6C0E
-    HOST_SYSENTER_ESP = 0x6C10
-    HOST_SYSENTER_EIP = 0x6C12
-    HOST_RSP = 0x6C14
-    HOST_RIP = 0x6C16
-    HOST_S_CET = 0x6C18
-    HOST_SSP = 0x6C1A
-    HOST_INTERRUPT_SSP_TABLE = 0x6C1C
+# --- 16-bit guest fields
+GUEST_ES_SELECTOR: Final[int] = VmcsField.GUEST_ES_SELECTOR.value
+GUEST_CS_SELECTOR: Final[int] = VmcsField.GUEST_CS_SELECTOR.value
+GUEST_SS_SELECTOR: Final[int] = VmcsField.GUEST_SS_SELECTOR.value
+GUEST_DS_SELECTOR: Final[int] = VmcsField.GUEST_DS_SELECTOR.value
+GUEST_FS_SELECTOR: Final[int] = VmcsField.GUEST_FS_SELECTOR.value
+GUEST_GS_SELECTOR: Final[int] = VmcsField.GUEST_GS_SELECTOR.value
+GUEST_LDTR_SELECTOR: Final[int] = VmcsField.GUEST_LDTR_SELECTOR.value
+GUEST_TR_SELECTOR: Final[int] = VmcsField.GUEST_TR_SELECTOR.value
+GUEST_INTERRUPT_STATUS: Final[int] = VmcsField.GUEST_INTERRUPT_STATUS.value
+PML_INDEX: Final[int] = VmcsField.PML_INDEX.value
+GUEST_UINV: Final[int] = VmcsField.GUEST_UINV.value
 
+# --- 16-bit host fields
+HOST_ES_SELECTOR: Final[int] = VmcsField.HOST_ES_SELECTOR.value
+HOST_CS_SELECTOR: Final[int] = VmcsField.HOST_CS_SELECTOR.value
+HOST_SS_SELECTOR: Final[int] = VmcsField.HOST_SS_SELECTOR.value
+HOST_DS_SELECTOR: Final[int] = VmcsField.HOST_DS_SELECTOR.value
+HOST_FS_SELECTOR: Final[int] = VmcsField.HOST_FS_SELECTOR.value
+HOST_GS_SELECTOR: Final[int] = VmcsField.HOST_GS_SELECTOR.value
+HOST_TR_SELECTOR: Final[int] = VmcsField.HOST_TR_SELECTOR.value
 
-FIELD_HIGH: Final = 1  # access type of a 32-bit access to the upper half of a 64-bit field
-_WIDTH_BYTES: Final = (2, 8, 4, 8)
+# --- 64-bit control fields
+IO_BITMAP_A: Final[int] = VmcsField.IO_BITMAP_A.value
+IO_BITMAP_B: Final[int] = VmcsField.IO_BITMAP_B.value
+MSR_BITMAPS: Final[int] = VmcsField.MSR_BITMAPS.value
+EXIT_MSR_STORE_ADDRESS: Final[int] = VmcsField.EXIT_MSR_STORE_ADDRESS.value
+EXIT_MSR_LOAD_ADDRESS: Final[int] = VmcsField.EXIT_MSR_LOAD_ADDRESS.value
+ENTRY_MSR_LOAD_ADDRESS: Final[int] = VmcsField.ENTRY_MSR_LOAD_ADDRESS.value
+EXECUTIVE_VMCS_POINTER: Final[int] = VmcsField.EXECUTIVE_VMCS_POINTER.value
+PML_ADDRESS: Final[int] = VmcsField.PML_ADDRESS.value
+TSC_OFFSET: Final[int] = VmcsField.TSC_OFFSET.value
+VIRTUAL_APIC_ADDRESS: Final[int] = VmcsField.VIRTUAL_APIC_ADDRESS.value
+APIC_ACCESS_ADDRESS: Final[int] = VmcsField.APIC_ACCESS_ADDRESS.value
+POSTED_INTERRUPT_DESCRIPTOR: Final[int] = VmcsField.POSTED_INTERRUPT_DESCRIPTOR.value
+VM_FUNCTION_CONTROLS: Final[int] = VmcsField.VM_FUNCTION_CONTROLS.value
+EPTP: Final[int] = VmcsField.EPTP.value
+EOI_EXIT_BITMAP0: Final[int] = VmcsField.EOI_EXIT_BITMAP0.value
+EOI_EXIT_BITMAP1: Final[int] = VmcsField.EOI_EXIT_BITMAP1.value
+EOI_EXIT_BITMAP2: Final[int] = VmcsField.EOI_EXIT_BITMAP2.value
+EOI_EXIT_BITMAP3: Final[int] = VmcsField.EOI_EXIT_BITMAP3.value
+EPTP_LIST_ADDRESS: Final[int] = VmcsField.EPTP_LIST_ADDRESS.value
+VMREAD_BITMAP: Final[int] = VmcsField.VMREAD_BITMAP.value
+VMWRITE_BITMAP: Final[int] = VmcsField.VMWRITE_BITMAP.value
+VE_INFORMATION_ADDRESS: Final[int] = VmcsField.VE_INFORMATION_ADDRESS.value
+XSS_EXITING_BITMAP: Final[int] = VmcsField.XSS_EXITING_BITMAP.value
+ENCLS_EXITING_BITMAP: Final[int] = VmcsField.ENCLS_EXITING_BITMAP.value
+SUB_PAGE_PERMISSION_TABLE: Final[int] = VmcsField.SUB_PAGE_PERMISSION_TABLE.value
+TSC_MULTIPLIER: Final[int] = VmcsField.TSC_MULTIPLIER.value
+TERTIARY_CONTROLS: Final[int] = VmcsField.TERTIARY_CONTROLS.value
+ENCLV_EXITING_BITMAP: Final[int] = VmcsField.ENCLV_EXITING_BITMAP.value
+LOW_PASID_DIRECTORY: Final[int] = VmcsField.LOW_PASID_DIRECTORY.value
+HIGH_PASID_DIRECTORY: Final[int] = VmcsField.HIGH_PASID_DIRECTORY.value
+SHARED_EPTP: Final[int] = VmcsField.SHARED_EPTP.value
+PCONFIG_EXITING_BITMAP: Final[int] = VmcsField.PCONFIG_EXITING_BITMAP.value
+HLATP: Final[int] = VmcsField.HLATP.value
+PID_POINTER_TABLE: Final[int] = VmcsField.PID_POINTER_TABLE.value
+SECONDARY_EXIT_CONTROLS: Final[int] = VmcsField.SECONDARY_EXIT_CONTROLS.value
+SPEC_CTRL_MASK: Final[int] = VmcsField.SPEC_CTRL_MASK.value
+SPEC_CTRL_SHADOW: Final[int] = VmcsField.SPEC_CTRL_SHADOW.value
 
+# --- 64-bit read-only fields
+GUEST_PHYSICAL_ADDRESS: Final[int] = VmcsField.GUEST_PHYSICAL_ADDRESS.value
 
-class FieldType(IntEnum):
-    """Bits 11:10 of an encoding."""
+# --- 64-bit guest fields
+VMCS_LINK_POINTER: Final[int] = VmcsField.VMCS_LINK_POINTER.value
+GUEST_IA32_DEBUGCTL: Final[int] = VmcsField.GUEST_IA32_DEBUGCTL.value
+GUEST_IA32_PAT: Final[int] = VmcsField.GUEST_IA32_PAT.value
+GUEST_IA32_EFER: Final[int] = VmcsField.GUEST_IA32_EFER.value
+GUEST_IA32_PERF_GLOBAL_CTRL: Final[int] = VmcsField.GUEST_IA32_PERF_GLOBAL_CTRL.value
+GUEST_PDPTE0: Final[int] = VmcsField.GUEST_PDPTE0.value
+GUEST_PDPTE1: Final[int] = VmcsField.GUEST_PDPTE1.value
+GUEST_PDPTE2: Final[int] = VmcsField.GUEST_PDPTE2.value
+GUEST_PDPTE3: Final[int] = VmcsField.GUEST_PDPTE3.value
+GUEST_IA32_BNDCFGS: Final[int] = VmcsField.GUEST_IA32_BNDCFGS.value
+GUEST_IA32_RTIT_CTL: Final[int] = VmcsField.GUEST_IA32_RTIT_CTL.value
+GUEST_IA32_LBR_CTL: Final[int] = VmcsField.GUEST_IA32_LBR_CTL.value
+GUEST_IA32_PKRS: Final[int] = VmcsField.GUEST_IA32_PKRS.value
 
-    CONTROL = 0
-    READ_ONLY = 1
-    GUEST = 2
-    HOST = 3
+# --- 64-bit host fields
+HOST_IA32_PAT: Final[int] = VmcsField.HOST_IA32_PAT.value
+HOST_IA32_EFER: Final[int] = VmcsField.HOST_IA32_EFER.value
+HOST_IA32_PERF_GLOBAL_CTRL: Final[int] = VmcsField.HOST_IA32_PERF_GLOBAL_CTRL.value
+HOST_IA32_PKRS: Final[int] = VmcsField.HOST_IA32_PKRS.value
 
+# --- 32-bit control fields
+PIN_BASED_CONTROLS: Final[int] = VmcsField.PIN_BASED_CONTROLS.value
+PROCESSOR_CONTROLS: Final[int] = VmcsField.PROCESSOR_CONTROLS.value
+EXCEPTION_BITMAP: Final[int] = VmcsField.EXCEPTION_BITMAP.value
+PAGE_FAULT_ERROR_MASK: Final[int] = VmcsField.PAGE_FAULT_ERROR_MASK.value
+PAGE_FAULT_ERROR_MATCH: Final[int] = VmcsField.PAGE_FAULT_ERROR_MATCH.value
+CR3_TARGET_COUNT: Final[int] = VmcsField.CR3_TARGET_COUNT.value
+EXIT_CONTROLS: Final[int] = VmcsField.EXIT_CONTROLS.value
+EXIT_MSR_STORE_COUNT: Final[int] = VmcsField.EXIT_MSR_STORE_COUNT.value
+EXIT_MSR_LOAD_COUNT: Final[int] = VmcsField.EXIT_MSR_LOAD_COUNT.value
+ENTRY_CONTROLS: Final[int] = VmcsField.ENTRY_CONTROLS.value
+ENTRY_MSR_LOAD_COUNT: Final[int] = VmcsField.ENTRY_MSR_LOAD_COUNT.value
+ENTRY_INTERRUPTION_INFO: Final[int] = VmcsField.ENTRY_INTERRUPTION_INFO.value
+ENTRY_EXCEPTION_ERROR_CODE: Final[int] = VmcsField.ENTRY_EXCEPTION_ERROR_CODE.value
+ENTRY_INSTRUCTION_LENGTH: Final[int] = VmcsField.ENTRY_INSTRUCTION_LENGTH.value
+TPR_THRESHOLD: Final[int] = VmcsField.TPR_THRESHOLD.value
+SECONDARY_CONTROLS: Final[int] = VmcsField.SECONDARY_CONTROLS.value
+PLE_GAP: Final[int] = VmcsField.PLE_GAP.value
+PLE_WINDOW: Final[int] = VmcsField.PLE_WINDOW.value
+INSTRUCTION_TIMEOUT: Final[int] = VmcsField.INSTRUCTION_TIMEOUT.value
+TD_HKID: Final[int] = VmcsField.TD_HKID.value
 
-def field_width(encoding: int) -> int:
-    """Bytes of a field: 2, 4 or 8; natural width is 8, an upper half 4."""
-    if encoding & FIELD_HIGH and encoding >> 13 & 3 == 1:
-        return 4
-    return _WIDTH_BYTES[encoding >> 13 & 3]
+# --- 32-bit read-only fields
+VM_INSTRUCTION_ERROR: Final[int] = VmcsField.VM_INSTRUCTION_ERROR.value
+EXIT_REASON: Final[int] = VmcsField.EXIT_REASON.value
+EXIT_INTERRUPTION_INFO: Final[int] = VmcsField.EXIT_INTERRUPTION_INFO.value
+EXIT_INTERRUPTION_ERROR_CODE: Final[int] = VmcsField.EXIT_INTERRUPTION_ERROR_CODE.value
+IDT_VECTORING_INFO: Final[int] = VmcsField.IDT_VECTORING_INFO.value
+IDT_VECTORING_ERROR_CODE: Final[int] = VmcsField.IDT_VECTORING_ERROR_CODE.value
+EXIT_INSTRUCTION_LENGTH: Final[int] = VmcsField.EXIT_INSTRUCTION_LENGTH.value
+EXIT_INSTRUCTION_INFO: Final[int] = VmcsField.EXIT_INSTRUCTION_INFO.value
 
+# --- 32-bit guest fields
+GUEST_ES_LIMIT: Final[int] = VmcsField.GUEST_ES_LIMIT.value
+GUEST_CS_LIMIT: Final[int] = VmcsField.GUEST_CS_LIMIT.value
+GUEST_SS_LIMIT: Final[int] = VmcsField.GUEST_SS_LIMIT.value
+GUEST_DS_LIMIT: Final[int] = VmcsField.GUEST_DS_LIMIT.value
+GUEST_FS_LIMIT: Final[int] = VmcsField.GUEST_FS_LIMIT.value
+GUEST_GS_LIMIT: Final[int] = VmcsField.GUEST_GS_LIMIT.value
+GUEST_LDTR_LIMIT: Final[int] = VmcsField.GUEST_LDTR_LIMIT.value
+GUEST_TR_LIMIT: Final[int] = VmcsField.GUEST_TR_LIMIT.value
+GUEST_GDTR_LIMIT: Final[int] = VmcsField.GUEST_GDTR_LIMIT.value
+GUEST_IDTR_LIMIT: Final[int] = VmcsField.GUEST_IDTR_LIMIT.value
+GUEST_ES_ACCESS_RIGHTS: Final[int] = VmcsField.GUEST_ES_ACCESS_RIGHTS.value
+GUEST_CS_ACCESS_RIGHTS: Final[int] = VmcsField.GUEST_CS_ACCESS_RIGHTS.value
+GUEST_SS_ACCESS_RIGHTS: Final[int] = VmcsField.GUEST_SS_ACCESS_RIGHTS.value
+GUEST_DS_ACCESS_RIGHTS: Final[int] = VmcsField.GUEST_DS_ACCESS_RIGHTS.value
+GUEST_FS_ACCESS_RIGHTS: Final[int] = VmcsField.GUEST_FS_ACCESS_RIGHTS.value
+GUEST_GS_ACCESS_RIGHTS: Final[int] = VmcsField.GUEST_GS_ACCESS_RIGHTS.value
+GUEST_LDTR_ACCESS_RIGHTS: Final[int] = VmcsField.GUEST_LDTR_ACCESS_RIGHTS.value
+GUEST_TR_ACCESS_RIGHTS: Final[int] = VmcsField.GUEST_TR_ACCESS_RIGHTS.value
+GUEST_INTERRUPTIBILITY: Final[int] = VmcsField.GUEST_INTERRUPTIBILITY.value
+GUEST_ACTIVITY_STATE: Final[int] = VmcsField.GUEST_ACTIVITY_STATE.value
+GUEST_SMBASE: Final[int] = VmcsField.GUEST_SMBASE.value
+GUEST_SYSENTER_CS: Final[int] = VmcsField.GUEST_SYSENTER_CS.value
+PREEMPTION_TIMER: Final[int] = VmcsField.PREEMPTION_TIMER.value
 
-def field_type(encoding: int) -> FieldType:
-    """Whether a field is a control, read-only, guest or host field."""
-    return FieldType(encoding >> 10 & 3)
+# --- 32-bit host fields
+HOST_SYSENTER_CS: Final[int] = VmcsField.HOST_SYSENTER_CS.value
+
+# --- natural-width control fields
+CR0_MASK: Final[int] = VmcsField.CR0_MASK.value
+CR4_MASK: Final[int] = VmcsField.CR4_MASK.value
+CR0_READ_SHADOW: Final[int] = VmcsField.CR0_READ_SHADOW.value
+CR4_READ_SHADOW: Final[int] = VmcsField.CR4_READ_SHADOW.value
+CR3_TARGET_0: Final[int] = VmcsField.CR3_TARGET_0.value
+CR3_TARGET_1: Final[int] = VmcsField.CR3_TARGET_1.value
+CR3_TARGET_2: Final[int] = VmcsField.CR3_TARGET_2.value
+CR3_TARGET_3: Final[int] = VmcsField.CR3_TARGET_3.value
+
+# --- natural-width read-only fields
+EXIT_QUALIFICATION: Final[int] = VmcsField.EXIT_QUALIFICATION.value
+IO_RCX: Final[int] = VmcsField.IO_RCX.value
+IO_RSI: Final[int] = VmcsField.IO_RSI.value
+IO_RDI: Final[int] = VmcsField.IO_RDI.value
+IO_RIP: Final[int] = VmcsField.IO_RIP.value
+GUEST_LINEAR_ADDRESS: Final[int] = VmcsField.GUEST_LINEAR_ADDRESS.value
+
+# --- natural-width guest fields
+GUEST_CR0: Final[int] = VmcsField.GUEST_CR0.value
+GUEST_CR3: Final[int] = VmcsField.GUEST_CR3.value
+GUEST_CR4: Final[int] = VmcsField.GUEST_CR4.value
+GUEST_ES_BASE: Final[int] = VmcsField.GUEST_ES_BASE.value
+GUEST_CS_BASE: Final[int] = VmcsField.GUEST_CS_BASE.value
+GUEST_SS_BASE: Final[int] = VmcsField.GUEST_SS_BASE.value
+GUEST_DS_BASE: Final[int] = VmcsField.GUEST_DS_BASE.value
+GUEST_FS_BASE: Final[int] = VmcsField.GUEST_FS_BASE.value
+GUEST_GS_BASE: Final[int] = VmcsField.GUEST_GS_BASE.value
+GUEST_LDTR_BASE: Final[int] = VmcsField.GUEST_LDTR_BASE.value
+GUEST_TR_BASE: Final[int] = VmcsField.GUEST_TR_BASE.value
+GUEST_GDTR_BASE: Final[int] = VmcsField.GUEST_GDTR_BASE.value
+GUEST_IDTR_BASE: Final[int] = VmcsField.GUEST_IDTR_BASE.value
+GUEST_DR7: Final[int] = VmcsField.GUEST_DR7.value
+GUEST_RSP: Final[int] = VmcsField.GUEST_RSP.value
+GUEST_RIP: Final[int] = VmcsField.GUEST_RIP.value
+GUEST_RFLAGS: Final[int] = VmcsField.GUEST_RFLAGS.value
+GUEST_PENDING_DEBUG_EXCEPTIONS: Final[int] = VmcsField.GUEST_PENDING_DEBUG_EXCEPTIONS.value
+GUEST_SYSENTER_ESP: Final[int] = VmcsField.GUEST_SYSENTER_ESP.value
+GUEST_SYSENTER_EIP: Final[int] = VmcsField.GUEST_SYSENTER_EIP.value
+GUEST_S_CET: Final[int] = VmcsField.GUEST_S_CET.value
+GUEST_SSP: Final[int] = VmcsField.GUEST_SSP.value
+GUEST_INTERRUPT_SSP_TABLE: Final[int] = VmcsField.GUEST_INTERRUPT_SSP_TABLE.value
+
+# --- natural-width host fields
+HOST_CR0: Final[int] = VmcsField.HOST_CR0.value
+HOST_CR3: Final[int] = VmcsField.HOST_CR3.value
+HOST_CR4: Final[int] = VmcsField.HOST_CR4.value
+HOST_FS_BASE: Final[int] = VmcsField.HOST_FS_BASE.value
+HOST_GS_BASE: Final[int] = VmcsField.HOST_GS_BASE.value
+HOST_TR_BASE: Final[int] = VmcsField.HOST_TR_BASE.value
+HOST_GDTR_BASE: Final[int] = VmcsField.HOST_GDTR_BASE.value
+HOST_IDTR_BASE: Final[int] = VmcsField.HOST_IDTR_BASE.value
+HOST_SYSENTER_ESP: Final[int] = VmcsField.HOST_SYSENTER_ESP.value
+HOST_SYSENTER_EIP: Final[int] = VmcsField.HOST_SYSENTER_EIP.value
+HOST_RSP: Final[int] = VmcsField.HOST_RSP.value
+HOST_RIP: Final[int] = VmcsField.HOST_RIP.value
+HOST_S_CET: Final[int] = VmcsField.HOST_S_CET.value
+HOST_SSP: Final[int] = VmcsField.HOST_SSP.value
+HOST_INTERRUPT_SSP_TABLE: Final[int] = VmcsField.HOST_INTERRUPT_SSP_TABLE.value
+
+REVISION_MASK: Final = 0x7FFF_FFFF  # the first 4 bytes of a VMCS region: revision identifier, IA32_VMX_BASIC 30:0
+
+# --- control bits
+PIN_POSTED_INTERRUPTS: Final = 1 << 7
+
+PROC_MWAIT_EXITING: Final = 1 << 10
+PROC_RDPMC_EXITING: Final = 1 << 11
+PROC_NMI_WINDOW_EXITING: Final = 1 << 22
+PROC_MONITOR_TRAP_FLAG: Final = 1 << 27
+PROC_MONITOR_EXITING: Final = 1 << 29
+
+PROC2_USER_WAIT_PAUSE: Final = 1 << 26
+PROC2_ENABLE_PCONFIG: Final = 1 << 27
+PROC2_ENCLV_EXITING: Final = 1 << 28
+
+PROC3_GPAW: Final = 1 << 5
+PROC3_VIRTUALIZE_SPEC_CTRL: Final = 1 << 7
+
+EXIT_SAVE_PERF_GLOBAL_CTRL: Final = 1 << 30
+ENTRY_LOAD_PKRS: Final = 1 << 22
+
+# --- exit reason, beside the basic reason in bits 15:0
+EXIT_BUS_LOCK_PREEMPTED: Final = 1 << 26
+EXIT_ENTRY_FAILED: Final = 1 << 31
+EXIT_BASIC_MASK: Final = 0xFFFF
+
+# --- interruptibility
+BLOCKING_BY_STI: Final = 1 << 0
+BLOCKING_BY_MOV_SS: Final = 1 << 1
+BLOCKING_BY_NMI: Final = 1 << 3
+
+# --- pending debug exceptions
+PENDING_DEBUG_ENABLED: Final = 1 << 12
+PENDING_DEBUG_BS: Final = 1 << 14
+PENDING_DEBUG_RTM: Final = 1 << 16
+
+# --- interruption information: vector 7:0, type 10:8, error code 11, NMI unblocking 12, valid 31
+INFO_VECTOR_MASK: Final = 0xFF
+INFO_TYPE_MASK: Final = 0x700
+INFO_TYPE_NMI: Final = 2 << 8
+INFO_TYPE_HARDWARE_EXCEPTION: Final = 3 << 8
+INFO_ERROR_CODE: Final = 1 << 11
+INFO_NMI_UNBLOCKING: Final = 1 << 12
+INFO_VALID: Final = 1 << 31
+# What VM entry may be given of an interruption or IDT-vectoring information: the rest is reserved there.
+INFO_ENTRY_MASK: Final = INFO_VALID | INFO_ERROR_CODE | INFO_TYPE_MASK | INFO_VECTOR_MASK
+
+# --- segment access rights
+ACCESS_RIGHTS_LONG: Final = 1 << 13
+ACCESS_RIGHTS_DPL_SHIFT: Final = 5
+
+# --- EPT-violation exit qualification
+EPT_READ: Final = 1 << 0
+EPT_WRITE: Final = 1 << 1
+EPT_FETCH: Final = 1 << 2
+EPT_READABLE: Final = 1 << 3
+EPT_WRITABLE: Final = 1 << 4
+EPT_EXECUTABLE: Final = 1 << 5
+EPT_GLA_VALID: Final = 1 << 7
+EPT_NMI_UNBLOCKING: Final = 1 << 12
+EPT_SHADOW_STACK: Final = 1 << 13
+EPT_USER_EXECUTABLE: Final = 1 << 6
+EPT_GLA_TRANSLATED: Final = 1 << 8  # clear: the access was to a paging-structure entry
+EPT_USER_ADDRESS: Final = 1 << 9
+EPT_WRITABLE_ADDRESS: Final = 1 << 10
+EPT_EXECUTE_DISABLE_ADDRESS: Final = 1 << 11
 
 
 class PinBased(IntFlag):
