@@ -5,8 +5,9 @@ An L1 S-EPT entry (TDX Module Base Spec, "Secure EPT"; SDM 28.3 for the EPT bits
     63   62:57        56   55   54    53    52  51:12  11    10  9  8  7     6     5:3  2:0
     SVE  see below    TDP  TDB  TDBW  TDEX  HP  HPA    TDEL  XU  D  A  leaf  IPAT  MT   XWR
 
-    VPW 57, PW 58, SSS 60, TDUP 61. TDEL is the module's lock on the entry, HP its host-priority flag. While a page
-    is being accepted bits 20:12 of a pending entry count the 4-KiB parts done.
+    VGP 57, TDAL1 to TDAL3 60:58 (L2 VM 1, 2, 3 has an entry for the same range), 62:61 kept for the IOMMU. TDEL is
+    the module's lock on the entry, HP its host-priority flag. While a page is being accepted bits 20:12 of a pending
+    entry count the 4-KiB parts done.
 
 The state is spread over D (bit 0 of the encoding), 56:53 (bits 4:1) and leaf, IPAT (bits 6:5).
 Entries are plain ints here: they are read and written on every walk.
@@ -37,10 +38,11 @@ TDEX: Final = 1 << 53
 TDBW: Final = 1 << 54
 TDB: Final = 1 << 55
 TDP: Final = 1 << 56
-VPW: Final = 1 << 57
-PW: Final = 1 << 58
-SSS: Final = 1 << 60
-TDUP: Final = 1 << 61
+VGP: Final = 1 << 57  # L1 and L2; the others of this block are L1's
+TDAL1: Final = 1 << 58
+TDAL2: Final = 1 << 59
+TDAL3: Final = 1 << 60
+TDAL_MASK: Final = TDAL1 | TDAL2 | TDAL3
 SVE: Final = 1 << 63  # suppress #VE
 
 STATE_MASK: Final = D | IPAT | LEAF | TDEX | TDBW | TDB | TDP
@@ -52,12 +54,14 @@ L2_TDRD: Final = 1 << 3
 L2_TDXS: Final = 1 << 4
 L2_TDXU: Final = 1 << 5
 L2_TDPWA: Final = 1 << 52
+L2_PWA: Final = 1 << 58
 L2_TDWR: Final = 1 << 59
+L2_SSS: Final = 1 << 60
 L2_STATE_MASK: Final = R | IPAT | LEAF | TDB
 
 # What TDH.MEM.SEPT.RD and the leaves that fail on an entry show of it.
-ARCH_LEAF_MASK: Final = RWX | MT_MASK | HPA_MASK | IPAT | LEAF | SVE
-ARCH_NON_LEAF_MASK: Final = RWX | LEAF
+ARCH_LEAF_MASK: Final = RWX | XU | MT_MASK | HPA_MASK | IPAT | LEAF | SVE
+ARCH_NON_LEAF_MASK: Final = RWX | XU | LEAF
 
 ENTRY_SIZE: Final = 8
 ENTRIES_PER_PAGE: Final = 512
@@ -344,14 +348,14 @@ def l2_state_bits(state: int) -> int:
     return (state & 1) << 55 | (state >> 1 & 3) << 6
 
 
-def make_leaf(hpa: int, state: int, *, permissions: int = RWX, suppress_ve: bool = True) -> int:
-    """An L1 leaf entry: write-back, PAT ignored; the TD's private HKID is not part of it."""
+def make_leaf(hpa: int, state: int, *, permissions: int = RWX | XU, suppress_ve: bool = True) -> int:
+    """An L1 leaf entry: write-back, PAT ignored. The module stores addresses with the TD's private HKID in them."""
     return permissions | MT_WB | hpa & HPA_MASK | state_bits(state) | (SVE if suppress_ve else 0)
 
 
 def make_non_leaf(hpa: int, state: int = SeptState.NL_MAPPED) -> int:
     """An L1 entry that points to the next S-EPT page."""
-    return RWX | hpa & HPA_MASK | state_bits(state)
+    return RWX | XU | hpa & HPA_MASK | state_bits(state) | SVE
 
 
 def hpa_of(entry: int) -> int:
@@ -426,10 +430,10 @@ _FLAG_NAMES: Final = (
     ("TDBW", TDBW),
     ("TDB", TDB),
     ("TDP", TDP),
-    ("VPW", VPW),
-    ("PW", PW),
-    ("SSS", SSS),
-    ("TDUP", TDUP),
+    ("VGP", VGP),
+    ("TDAL1", TDAL1),
+    ("TDAL2", TDAL2),
+    ("TDAL3", TDAL3),
     ("SVE", SVE),
 )
 _NONE: Final[frozenset[int]] = frozenset()
