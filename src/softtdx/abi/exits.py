@@ -7,8 +7,6 @@ qualification: TDX Module ABI, "TDG.VP.VEINFO.GET" and "TDH.VP.ENTER".
 from enum import IntEnum, IntFlag
 from typing import Final
 
-from softtdx.abi import vmcs
-
 
 class ExitReason(IntEnum):
     """Basic exit reason: bits 15:0 of the VMCS field, and of RAX when TDH.VP.ENTER returns."""
@@ -118,6 +116,7 @@ class ExtendedQualification(IntEnum):
 # --- EXIT_REASON, beside the basic reason
 EXIT_BASIC_MASK: Final = 0xFFFF
 EXIT_BUS_LOCK_PREEMPTED: Final = 1 << 26
+EXIT_ENCLAVE: Final = 1 << 27
 EXIT_PENDING_MTF: Final = 1 << 28
 EXIT_PARALLEL: Final = 1 << 29
 EXIT_ENTRY_FAILED: Final = 1 << 31
@@ -130,13 +129,16 @@ INFO_TYPE_MASK: Final = 0x700
 INFO_TYPE_NMI: Final = 2 << 8
 INFO_TYPE_HARDWARE_EXCEPTION: Final = 3 << 8
 INFO_ERROR_CODE: Final = 1 << 11
+INFO_NMI_UNBLOCKING: Final = 1 << 12  # VM-exit information only
 INFO_VALID: Final = 1 << 31
 INFO_ENTRY_MASK: Final = INFO_VALID | INFO_ERROR_CODE | INFO_TYPE_MASK | INFO_VECTOR_MASK  # not reserved at entry
 
 # --- guest interruptibility state
 BLOCKING_BY_STI: Final = 1 << 0
 BLOCKING_BY_MOV_SS: Final = 1 << 1
+BLOCKING_BY_SMI: Final = 1 << 2
 BLOCKING_BY_NMI: Final = 1 << 3
+ENCLAVE_INTERRUPTION: Final = 1 << 4
 
 # --- pending debug exceptions
 PENDING_DEBUG_ENABLED: Final = 1 << 12
@@ -150,7 +152,12 @@ EPT_FETCH: Final = 1 << 2
 EPT_READABLE: Final = 1 << 3
 EPT_WRITABLE: Final = 1 << 4
 EPT_EXECUTABLE: Final = 1 << 5
+EPT_USER_EXECUTABLE: Final = 1 << 6
 EPT_GLA_VALID: Final = 1 << 7
+EPT_GLA_TRANSLATED: Final = 1 << 8  # clear: the access was to a paging-structure entry
+EPT_USER_ADDRESS: Final = 1 << 9
+EPT_WRITABLE_ADDRESS: Final = 1 << 10
+EPT_EXECUTE_DISABLE_ADDRESS: Final = 1 << 11
 EPT_NMI_UNBLOCKED: Final = 1 << 12
 EPT_SHADOW_STACK: Final = 1 << 13
 EPT_HOST_MASK: Final = 0x1F80  # 12:7, which the TDX module hides from the host
@@ -220,7 +227,7 @@ class PageFault(IntFlag):
 
 
 class EventType(IntEnum):
-    """Bits 10:8 of VM-entry, VM-exit and IDT-vectoring information (`softtdx.abi.vmcs.INFO_*` has the other bits)."""
+    """Bits 10:8 of VM-entry, VM-exit and IDT-vectoring information (INFO_* above are the other bits)."""
 
     EXTERNAL_INTERRUPT = 0
     NMI = 2
@@ -233,7 +240,7 @@ class EventType(IntEnum):
 
 def event_info(vector: int, kind: int, *, error_code: bool = False) -> int:
     """A valid VM-entry, VM-exit or IDT-vectoring information field."""
-    return vmcs.INFO_VALID | vector & vmcs.INFO_VECTOR_MASK | kind << 8 | (vmcs.INFO_ERROR_CODE if error_code else 0)
+    return INFO_VALID | vector & INFO_VECTOR_MASK | kind << 8 | (INFO_ERROR_CODE if error_code else 0)
 
 
 def exception_info(vector: int) -> int:
@@ -328,7 +335,7 @@ class VmInstructionError(IntEnum):
 
 def describe_reason(reason: int) -> str:
     """The name of an exit reason, with the flags in its upper bits."""
-    basic = reason & vmcs.EXIT_BASIC_MASK
+    basic = reason & EXIT_BASIC_MASK
     try:
         name = ExitReason(basic).name
     except ValueError:
@@ -338,9 +345,9 @@ def describe_reason(reason: int) -> str:
 
 
 _REASON_FLAGS: Final = (
-    (vmcs.EXIT_BUS_LOCK_PREEMPTED, "bus lock"),
-    (1 << 27, "enclave"),
-    (1 << 28, "pending MTF"),
-    (1 << 29, "from VMX root"),
-    (vmcs.EXIT_ENTRY_FAILED, "VM-entry failure"),
+    (EXIT_BUS_LOCK_PREEMPTED, "bus lock"),
+    (EXIT_ENCLAVE, "enclave"),
+    (EXIT_PENDING_MTF, "pending MTF"),
+    (EXIT_PARALLEL, "parallel"),
+    (EXIT_ENTRY_FAILED, "VM-entry failure"),
 )

@@ -1,4 +1,4 @@
-"""VMCS: fields as plain ints, control bits, and the events that VM entry and VM exit carry.
+"""VMCS: fields as plain ints, control bits, EPTP and segment access rights.
 
 SDM volume 3, chapter 25; the TDX additions (Intel TDX Architecture Specification, "TD VMCS") are the HKID that tags a
 guest's private accesses and the second EPT pointer. The encodings are at home in `VmcsField`; vmread and vmwrite are
@@ -8,11 +8,7 @@ too hot for enum members, so each has its plain int here.
 from enum import IntFlag
 from typing import Final
 
-from softtdx.abi.vmcs_field import FIELD_HIGH as FIELD_HIGH
-from softtdx.abi.vmcs_field import FieldType as FieldType
-from softtdx.abi.vmcs_field import VmcsField as VmcsField
-from softtdx.abi.vmcs_field import field_type as field_type
-from softtdx.abi.vmcs_field import field_width as field_width
+from softtdx.abi.vmcs_field import VmcsField
 
 # --- 16-bit control fields
 VPID: Final[int] = VmcsField.VPID.value
@@ -228,71 +224,6 @@ HOST_INTERRUPT_SSP_TABLE: Final[int] = VmcsField.HOST_INTERRUPT_SSP_TABLE.value
 
 REVISION_MASK: Final = 0x7FFF_FFFF  # the first 4 bytes of a VMCS region: revision identifier, IA32_VMX_BASIC 30:0
 
-# --- control bits
-PIN_POSTED_INTERRUPTS: Final = 1 << 7
-
-PROC_MWAIT_EXITING: Final = 1 << 10
-PROC_RDPMC_EXITING: Final = 1 << 11
-PROC_NMI_WINDOW_EXITING: Final = 1 << 22
-PROC_MONITOR_TRAP_FLAG: Final = 1 << 27
-PROC_MONITOR_EXITING: Final = 1 << 29
-
-PROC2_USER_WAIT_PAUSE: Final = 1 << 26
-PROC2_ENABLE_PCONFIG: Final = 1 << 27
-PROC2_ENCLV_EXITING: Final = 1 << 28
-
-PROC3_GPAW: Final = 1 << 5
-PROC3_VIRTUALIZE_SPEC_CTRL: Final = 1 << 7
-
-EXIT_SAVE_PERF_GLOBAL_CTRL: Final = 1 << 30
-ENTRY_LOAD_PKRS: Final = 1 << 22
-
-# --- exit reason, beside the basic reason in bits 15:0
-EXIT_BUS_LOCK_PREEMPTED: Final = 1 << 26
-EXIT_ENTRY_FAILED: Final = 1 << 31
-EXIT_BASIC_MASK: Final = 0xFFFF
-
-# --- interruptibility
-BLOCKING_BY_STI: Final = 1 << 0
-BLOCKING_BY_MOV_SS: Final = 1 << 1
-BLOCKING_BY_NMI: Final = 1 << 3
-
-# --- pending debug exceptions
-PENDING_DEBUG_ENABLED: Final = 1 << 12
-PENDING_DEBUG_BS: Final = 1 << 14
-PENDING_DEBUG_RTM: Final = 1 << 16
-
-# --- interruption information: vector 7:0, type 10:8, error code 11, NMI unblocking 12, valid 31
-INFO_VECTOR_MASK: Final = 0xFF
-INFO_TYPE_MASK: Final = 0x700
-INFO_TYPE_NMI: Final = 2 << 8
-INFO_TYPE_HARDWARE_EXCEPTION: Final = 3 << 8
-INFO_ERROR_CODE: Final = 1 << 11
-INFO_NMI_UNBLOCKING: Final = 1 << 12
-INFO_VALID: Final = 1 << 31
-# What VM entry may be given of an interruption or IDT-vectoring information: the rest is reserved there.
-INFO_ENTRY_MASK: Final = INFO_VALID | INFO_ERROR_CODE | INFO_TYPE_MASK | INFO_VECTOR_MASK
-
-# --- segment access rights
-ACCESS_RIGHTS_LONG: Final = 1 << 13
-ACCESS_RIGHTS_DPL_SHIFT: Final = 5
-
-# --- EPT-violation exit qualification
-EPT_READ: Final = 1 << 0
-EPT_WRITE: Final = 1 << 1
-EPT_FETCH: Final = 1 << 2
-EPT_READABLE: Final = 1 << 3
-EPT_WRITABLE: Final = 1 << 4
-EPT_EXECUTABLE: Final = 1 << 5
-EPT_GLA_VALID: Final = 1 << 7
-EPT_NMI_UNBLOCKING: Final = 1 << 12
-EPT_SHADOW_STACK: Final = 1 << 13
-EPT_USER_EXECUTABLE: Final = 1 << 6
-EPT_GLA_TRANSLATED: Final = 1 << 8  # clear: the access was to a paging-structure entry
-EPT_USER_ADDRESS: Final = 1 << 9
-EPT_WRITABLE_ADDRESS: Final = 1 << 10
-EPT_EXECUTE_DISABLE_ADDRESS: Final = 1 << 11
-
 
 class PinBased(IntFlag):
     """Pin-based VM-execution controls."""
@@ -430,9 +361,27 @@ EPTP_SHADOW_STACK: Final = 1 << 7
 EPTP_ADDRESS: Final = 0x000F_FFFF_FFFF_F000
 
 # Segment access rights (SDM 25.4.1).
+ACCESS_RIGHTS_LONG: Final = 1 << 13
+ACCESS_RIGHTS_DPL_SHIFT: Final = 5
 AR_UNUSABLE: Final = 1 << 16
 AR_CODE64: Final = 0xA09B
 AR_CODE32: Final = 0xC09B
 AR_DATA32: Final = 0xC093
 AR_TSS_BUSY: Final = 0x008B
 AR_LDT: Final = 0x0082
+
+
+# The control bits that the module changes at run time, as plain ints.
+PIN_POSTED_INTERRUPTS: Final[int] = PinBased.POSTED_INTERRUPTS.value
+PROC_MWAIT_EXITING: Final[int] = Primary.MWAIT_EXITING.value
+PROC_RDPMC_EXITING: Final[int] = Primary.RDPMC_EXITING.value
+PROC_NMI_WINDOW_EXITING: Final[int] = Primary.NMI_WINDOW_EXITING.value
+PROC_MONITOR_TRAP_FLAG: Final[int] = Primary.MONITOR_TRAP_FLAG.value
+PROC_MONITOR_EXITING: Final[int] = Primary.MONITOR_EXITING.value
+PROC2_USER_WAIT_PAUSE: Final[int] = Secondary.USER_WAIT_PAUSE.value
+PROC2_ENABLE_PCONFIG: Final[int] = Secondary.ENABLE_PCONFIG.value
+PROC2_ENCLV_EXITING: Final[int] = Secondary.ENCLV_EXITING.value
+PROC3_GPAW: Final[int] = Tertiary.GPAW_52.value
+PROC3_VIRTUALIZE_SPEC_CTRL: Final[int] = Tertiary.VIRTUALIZE_SPEC_CTRL.value
+EXIT_SAVE_PERF_GLOBAL_CTRL: Final[int] = ExitControls.SAVE_PERF_GLOBAL_CTRL.value
+ENTRY_LOAD_PKRS: Final[int] = EntryControls.LOAD_PKRS.value
