@@ -139,6 +139,12 @@ class LogicalProcessor:
         self.platform.events.counts["vm_exit"] += 1
         return reason
 
+    def retired_instructions(self) -> int:
+        """IA32_FIXED_CTR0 over non-root mode. A guest engine executes no code: it counts as having run much of it."""
+        if self.guest_engine is not None:
+            return self.platform.events.counts["vm_exit"] << 16
+        return self.core.counters()["instructions"]
+
     # --- interrupts, from any thread
     def interrupt(self) -> None:
         """An external interrupt for this processor: a guest on it exits; long SEAM leaves return early."""
