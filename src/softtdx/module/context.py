@@ -53,6 +53,14 @@ class Call:
         self.held.remove((key, exclusive))
         self.locks.release(key, exclusive)
 
+    def release_since(self, mark: int) -> None:
+        """Give back the locks taken since `len(call.held)` was `mark`: a TDCALL ends, the vCPU's own locks stay."""
+        held = self.held
+        locks = self.locks
+        with locks.mutex:
+            while len(held) > mark:
+                locks.release_locked(*held.pop())
+
     def release_all(self) -> None:
         """Give back every lock of this leaf, the last first."""
         locks = self.locks

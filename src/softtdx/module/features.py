@@ -7,53 +7,43 @@ from enum import IntEnum
 from typing import Final
 
 from softtdx.abi import cpuid as cpuid_table
+from softtdx.abi.structs import Attributes, ConfigFlags, FeatureParavirtCtls, TdCtls, Xfam
 
 from . import tdcs
 from .td import Td
 
 __all__ = ["CpuidFlag", "cpuid_values", "update_mutable_cpuid_flags"]
 
-# --- ATTRIBUTES
-ATTR_DEBUG: Final = 1 << 0
-ATTR_LASS: Final = 1 << 27
-ATTR_SEPT_VE_DISABLE: Final = 1 << 28
-ATTR_MIGRATABLE: Final = 1 << 29
-ATTR_PKS: Final = 1 << 30
-ATTR_KL: Final = 1 << 31
-ATTR_PERFMON: Final = 1 << 63
+# Plain integers of the flags, because exits test them often.
+ATTR_DEBUG: Final = int(Attributes.DEBUG)
+ATTR_LASS: Final = int(Attributes.LASS)
+ATTR_PKS: Final = int(Attributes.PKS)
+ATTR_KL: Final = int(Attributes.KL)
+ATTR_PERFMON: Final = int(Attributes.PERFMON)
 
-# --- CONFIG_FLAGS
-CONFIG_GPAW: Final = 1 << 0
-CONFIG_FLEXIBLE_PENDING_VE: Final = 1 << 1
-CONFIG_NO_RBP_MOD: Final = 1 << 2
-CONFIG_MAXPA_VIRT: Final = 1 << 3
-CONFIG_MAXGPA_VIRT: Final = 1 << 4
+CONFIG_NO_RBP_MOD: Final = int(ConfigFlags.NO_RBP_MOD)
+CONFIG_MAXGPA_VIRT: Final = int(ConfigFlags.MAXGPA_VIRT)
 
-# --- TD_CTLS, which the TD itself writes
-CTL_PENDING_VE_DISABLE: Final = 1 << 0
-CTL_ENUM_TOPOLOGY: Final = 1 << 1
-CTL_VIRT_CPUID2: Final = 1 << 2
-CTL_REDUCE_VE: Final = 1 << 3
-CTL_LOCK: Final = 1 << 63
+CTL_PENDING_VE_DISABLE: Final = int(TdCtls.PENDING_VE_DISABLE)
+CTL_ENUM_TOPOLOGY: Final = int(TdCtls.ENUM_TOPOLOGY)
+CTL_VIRT_CPUID2: Final = int(TdCtls.VIRT_CPUID2)
+CTL_REDUCE_VE: Final = int(TdCtls.REDUCE_VE)
+CTL_LOCK: Final = int(TdCtls.LOCK)
 
-# --- NOTIFY_ENABLES
-NOTIFY_EPT_FAULTS: Final = 1 << 0
+NOTIFY_EPT_FAULTS: Final = 1 << 0  # NOTIFY_ENABLES: #VE when a zero-step attack is suspected
 
-# --- VM_CTLS: when a TD exit hints that the host had better resume at once
+# VM_CTLS: when a TD exit hints that the host had better resume at once
 VM_HINT_VINTR_PENDING: Final = 1 << 1
 VM_HINT_VINTR_IN_SERVICE: Final = 1 << 2
 VM_HINT_VNMI_PENDING: Final = 1 << 3
 
-# --- XFAM
-XFAM_SSE: Final = 1 << 1
-XFAM_AVX: Final = 1 << 2
-XFAM_AVX3: Final = 7 << 5
-XFAM_PT: Final = 1 << 8
-XFAM_PK: Final = 1 << 9
-XFAM_CET: Final = 3 << 11
-XFAM_ULI: Final = 1 << 14
-XFAM_LBR: Final = 1 << 15
-XFAM_AMX: Final = 3 << 17
+XFAM_SSE: Final = int(Xfam.SSE)
+XFAM_AVX: Final = int(Xfam.AVX)
+XFAM_PT: Final = int(Xfam.PT)
+XFAM_PKU: Final = int(Xfam.PKU)
+XFAM_CET: Final = int(Xfam.CET)
+XFAM_ULI: Final = int(Xfam.ULI)
+XFAM_LBR: Final = int(Xfam.LBR)
 XCR0_USER_MASK: Final = 0x6_02FF  # components of XFAM that XCR0 enables; IA32_XSS enables the others
 XSS_SUPERVISOR_MASK: Final = 0x1_FD00
 
@@ -93,23 +83,24 @@ class CpuidFlag(IntEnum):
 
 CPUID_FLAGS_SIZE: Final = 32
 
-# (flag, leaf's index below, register, bit, bit of FEATURE_PARAVIRT_CTLS): what the TD may change by TD_CTLS.REDUCE_VE.
+# (flag, leaf, register, bit, the control that keeps it): what the TD may change by TD_CTLS.REDUCE_VE.
+_Wish = FeatureParavirtCtls
 _LEAF_1: Final = (1, 0)
 _LEAF_7: Final = (7, 0)
 _MUTABLE: Final = (
-    (CpuidFlag.DCA, _LEAF_1, 2, 18, 1),
-    (CpuidFlag.TSC_DEADLINE, _LEAF_1, 2, 24, 11),
-    (CpuidFlag.EST, _LEAF_1, 2, 7, 2),
-    (CpuidFlag.TM2, _LEAF_1, 2, 8, 9),
-    (CpuidFlag.NOT_MCE, _LEAF_1, 3, 7, 3),
-    (CpuidFlag.NOT_MCA, _LEAF_1, 3, 14, 3),
-    (CpuidFlag.NOT_MTRR, _LEAF_1, 3, 12, 4),
-    (CpuidFlag.ACPI, _LEAF_1, 3, 22, 8),
-    (CpuidFlag.RDT_A, _LEAF_7, 1, 15, 6),
-    (CpuidFlag.RDT_M, _LEAF_7, 1, 12, 7),
-    (CpuidFlag.TME, _LEAF_7, 2, 13, 10),
-    (CpuidFlag.PCONFIG, _LEAF_7, 3, 18, 5),
-    (CpuidFlag.NOT_CORE_CAPABILITIES, _LEAF_7, 3, 30, 0),
+    (CpuidFlag.DCA, _LEAF_1, 2, 18, _Wish.DCA),
+    (CpuidFlag.TSC_DEADLINE, _LEAF_1, 2, 24, _Wish.TSC_DEADLINE),
+    (CpuidFlag.EST, _LEAF_1, 2, 7, _Wish.EST),
+    (CpuidFlag.TM2, _LEAF_1, 2, 8, _Wish.TM2),
+    (CpuidFlag.NOT_MCE, _LEAF_1, 3, 7, _Wish.MCA),
+    (CpuidFlag.NOT_MCA, _LEAF_1, 3, 14, _Wish.MCA),
+    (CpuidFlag.NOT_MTRR, _LEAF_1, 3, 12, _Wish.MTRR),
+    (CpuidFlag.ACPI, _LEAF_1, 3, 22, _Wish.ACPI),
+    (CpuidFlag.RDT_A, _LEAF_7, 1, 15, _Wish.RDT_A),
+    (CpuidFlag.RDT_M, _LEAF_7, 1, 12, _Wish.RDT_M),
+    (CpuidFlag.TME, _LEAF_7, 2, 13, _Wish.TME),
+    (CpuidFlag.PCONFIG, _LEAF_7, 3, 18, _Wish.PCONFIG),
+    (CpuidFlag.NOT_CORE_CAPABILITIES, _LEAF_7, 3, 30, _Wish.CORE_CAPABILITIES),
 )
 _NEGATIVE: Final = frozenset(
     {CpuidFlag.NOT_MCE, CpuidFlag.NOT_MCA, CpuidFlag.NOT_MTRR, CpuidFlag.NOT_CORE_CAPABILITIES}
@@ -135,10 +126,10 @@ def update_mutable_cpuid_flags(td: Td) -> None:
     reduce_ve = td.rd64(tdcs.TD_CTLS) & CTL_REDUCE_VE
     wanted = td.rd64(tdcs.FEATURE_PARAVIRT_CTLS)
     values = {key: cpuid_values(td, *key) for key in (_LEAF_1, _LEAF_7)}
-    for flag, key, register, bit, control in _MUTABLE:
+    for flag, key, register, bit, wish in _MUTABLE:
         enumerated = values[key][register] >> bit & 1
         if flag in _NEGATIVE:
-            value = bool(reduce_ve) and not (wanted >> control & 1 and enumerated)
+            value = bool(reduce_ve) and not (wanted & wish and enumerated)
         else:
-            value = bool(enumerated and (not reduce_ve or wanted >> control & 1))
+            value = bool(enumerated and (not reduce_ve or wanted & wish))
         td.wr8(tdcs.CPUID_FLAGS + flag, value)
