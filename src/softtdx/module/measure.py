@@ -12,7 +12,7 @@ from softtdx._silicon import sha384_blocks, sha384_final, sha384_init
 from . import tdcs
 from .td import Td
 
-__all__ = ["extend", "finish", "page_add_record", "start"]
+__all__ = ["abandon", "extend", "finish", "page_add_record", "start"]
 
 RECORD: Final = struct.Struct("<16sQ104x")
 PAGE_ADD: Final = b"MEM.PAGE.ADD"
@@ -41,6 +41,11 @@ def extend(td: Td, blocks: bytes) -> None:
     length = td.rd64(tdcs.MRTD_LENGTH)
     td.write(tdcs.MRTD_STATE, sha384_blocks(state, blocks))
     td.wr64(tdcs.MRTD_LENGTH, length + len(blocks))
+
+
+def abandon(td: Td) -> None:
+    """TDH.MNG.VPFLUSHDONE: no measurement is under way in this TD any more."""
+    td.wr64(tdcs.MRTD_LENGTH, 0)
 
 
 def finish(td: Td) -> bytes:

@@ -4,9 +4,12 @@ import struct
 from dataclasses import dataclass, field
 from enum import IntEnum
 from threading import Lock
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from .locks import LockTable
+
+if TYPE_CHECKING:
+    from .platform import PlatformConfig
 
 __all__ = [
     "GLOBAL_LOCK",
@@ -110,13 +113,17 @@ class Tdmr:
 class PamtBlock:
     """The PAMT of one initialised 1 GiB block: addresses, with the global KeyID, of its entries.
 
-    `e1g`: its 1 GiB entry; `e2m`: the first of 512 entries; `e4k`: the first of 2^18 entries.
+    `e1g`: its 1 GiB entry; `e2m`: the first of 512 entries; `e4k`: the first of 2^18 entries, or with dynamic PAMT
+    the PAMT_PAGE_BITMAP of the whole TDMR. `node_type`: the type bits of a 2 MiB entry that has entries below it.
     """
 
-    __slots__ = ("base", "e1g", "e2m", "e4k", "tdmr")
+    __slots__ = ("base", "dynamic", "e1g", "e2m", "e4k", "key", "node_type", "tdmr")
 
-    def __init__(self, tdmr: Tdmr, base: int, e1g: int, e2m: int, e4k: int) -> None:
-        """The block at address `base` of `tdmr`."""
+    def __init__(self, tdmr: Tdmr, base: int, e1g: int, e2m: int, e4k: int, *, key: int, dynamic: bool) -> None:
+        """The block at address `base` of `tdmr`; `key`: the global KeyID in address position."""
+        self.key = key
+        self.dynamic = dynamic
+        self.node_type = 15 << 16 if dynamic else 0
         self.tdmr = tdmr
         self.base = base
         self.e1g = e1g
@@ -150,6 +157,7 @@ class GlobalState:
         self.private_hkid_max = 0
         self.global_key_bits = 0  # hkid << hkid_shift
         self.pa_mask = (1 << 46) - 1  # bits of a physical address that address memory
+        self.not_a_page = (1 << 64) - (1 << 52) | self.hkid_mask  # bits that no private page operand may have
         self.seamrr = (0, 0)
         self.seamdb_index = 0
         self.seamdb_nonce = bytes(32)
@@ -159,7 +167,7 @@ class GlobalState:
         self.kot: dict[int, tuple[HkidState, int]] = {}  # HKID -> (state, bitmap of packages to write back); KOT_LOCK
         self.packages: list[PackageState] = [PackageState() for _ in range(MAX_PACKAGES)]
         self.mutex = Lock()  # for short read-modify-write of Python-side counters
-        self.platform: object | None = None  # what SYS.INIT found, see leaves.sys_init
+        self.platform: PlatformConfig  # what SYS.INIT found; there is none before
 
     def keyed(self, pa: int, hkid: int) -> int:
         """The bus address of a page under `hkid`."""

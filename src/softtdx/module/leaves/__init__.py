@@ -1,3 +1,14 @@
 """Host-side leaf functions, TDH.*: importing this package registers them all."""
 
-from . import mem_page, mem_range, mem_rw, mem_sept, mr  # noqa: F401
+from . import (  # noqa: F401
+    mem_page,
+    mem_range,
+    mem_rw,
+    mem_sept,
+    mng,
+    mr,
+    phymem,
+    phymem_pamt,
+    sys,
+    sys_config,
+)
