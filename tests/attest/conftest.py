@@ -29,7 +29,7 @@ def enclave(pki: Pki, platform: ReportingPlatform) -> QuotingEnclave:
 
 @pytest.fixture(scope="session")
 def quote_bytes(enclave: QuotingEnclave, platform: ReportingPlatform) -> bytes:
-    return enclave.quote(platform.report(report_data=bytes(range(64))).to_bytes())
+    return enclave.quote(platform.report(report_data=bytes(range(64))))
 
 
 @pytest.fixture(scope="session")

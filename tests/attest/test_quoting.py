@@ -20,6 +20,7 @@ from softtdx.attest import (
     TdReport,
     verify_with_dcap_qvl,
 )
+from softtdx.attest.tdreport import parse_tdreport
 from softtdx.errors import SoftTdxError
 
 FORMATS = [(4, None), (5, 2), (5, 3), (5, 4)]
@@ -29,22 +30,22 @@ FORMATS = [(4, None), (5, 2), (5, 3), (5, 4)]
 def test_a_quote_of_every_format_is_accepted_by_dcap_qvl(
     pki: Pki, platform: ReportingPlatform, enclave: QuotingEnclave, version: int, body_type: int | None
 ) -> None:
-    report = platform.report(report_data=b"\x5a" * 64)
-    quote = enclave.quote(report.to_bytes(), version=version, body_type=body_type)
+    report = platform.report(b"\x5a" * 64)
+    quote = enclave.quote(report, version=version, body_type=body_type)
     verdict = verify_with_dcap_qvl(quote, pki, NOW)
     assert verdict.status == "UpToDate"
     assert verdict.advisory_ids == ()
     parsed = Quote.parse(quote)
     assert parsed.to_bytes() == quote
-    assert parsed.body.report_data == report.mac.report_data
-    assert parsed.body.mr_td == report.td.mr_td
+    assert parsed.body.report_data == b"\x5a" * 64
+    assert parsed.body.mr_td == parse_tdreport(report).td_info.mrtd
 
 
 @pytest.mark.parametrize("ca", ["platform", "processor"])
 def test_either_pck_ca_may_issue_the_certificate(ca: str) -> None:
     pki = Pki.create(seed=9, ca=ca)
     platform = ReportingPlatform(pki.options.tcb)
-    quote = QuotingEnclave(pki, platform.verify).quote(platform.report().to_bytes())
+    quote = QuotingEnclave(pki, platform.verify).quote(platform.report())
     assert verify_with_dcap_qvl(quote, pki, NOW).status == "UpToDate"
 
 
@@ -77,7 +78,7 @@ def test_the_same_seed_gives_the_same_pki_and_quote_to_the_byte(platform: Report
     first, second = Pki.create(seed=123), Pki.create(seed=123)
     assert first.collateral() == second.collateral()
     assert first.root_der == second.root_der
-    report = platform.report().to_bytes()
+    report = platform.report()
     assert QuotingEnclave(first, platform.verify).quote(report) == QuotingEnclave(second, platform.verify).quote(report)
     assert Pki.create(seed=124).root_der != first.root_der
 
@@ -89,14 +90,14 @@ def test_without_a_seed_no_two_pkis_are_alike() -> None:
 def test_a_report_of_another_platform_is_not_quoted(pki: Pki, enclave: QuotingEnclave) -> None:
     stranger = ReportingPlatform(pki.options.tcb, key=b"another report key")
     with pytest.raises(QuotingError, match="MAC"):
-        enclave.quote(stranger.report().to_bytes())
+        enclave.quote(stranger.report())
 
 
 @given(at=st.integers(0, TdReport.SIZE * 8 - 1))
 def test_a_report_with_any_protected_bit_changed_is_not_quoted(
     platform: ReportingPlatform, enclave: QuotingEnclave, at: int
 ) -> None:
-    original = platform.report().to_bytes()
+    original = platform.report()
     data = bytearray(original)
     data[at // 8] ^= 1 << at % 8
     if 495 <= at // 8 < 512:  # the 17 bytes between TEE_TCB_INFO and TDINFO: no hash reaches them, no quote has them
@@ -109,7 +110,7 @@ def test_a_report_with_any_protected_bit_changed_is_not_quoted(
 def test_a_report_of_another_cpusvn_is_refused_with_the_way_out(pki: Pki) -> None:
     older = ReportingPlatform(replace(pki.options.tcb, cpu_svn=bytes(16)))
     with pytest.raises(QuotingError, match="make the PKI with the platform's cpu_svn"):
-        QuotingEnclave(pki, older.verify).quote(older.report().to_bytes())
+        QuotingEnclave(pki, older.verify).quote(older.report())
 
 
 @given(data=st.binary(max_size=1100))
@@ -123,7 +124,7 @@ def test_a_format_that_does_not_exist_is_refused(
     platform: ReportingPlatform, enclave: QuotingEnclave, version: int, body_type: int | None
 ) -> None:
     with pytest.raises(QuotingError):
-        enclave.quote(platform.report().to_bytes(), version=version, body_type=body_type)
+        enclave.quote(platform.report(), version=version, body_type=body_type)
 
 
 def test_a_platform_of_other_versions_is_up_to_date_when_its_pki_is_made_for_it() -> None:
@@ -136,7 +137,7 @@ def test_a_platform_of_other_versions_is_up_to_date_when_its_pki_is_made_for_it(
         pce_svn=300,
     )
     pki, platform = Pki.create(seed=1, tcb=tcb), ReportingPlatform(tcb)
-    quote = QuotingEnclave(pki, platform.verify).quote(platform.report().to_bytes(), version=5)
+    quote = QuotingEnclave(pki, platform.verify).quote(platform.report(), version=5)
     assert verify_with_dcap_qvl(quote, pki, NOW).status == "UpToDate"
 
 

@@ -82,6 +82,7 @@ class Attributes(IntFlag):
     PERF_PROF = 1 << 5
     PMT_PROF = 1 << 6
     ICSSD = 1 << 16
+    SERVTD_EXT = 1 << 17
     LASS = 1 << 27
     SEPT_VE_DISABLE = 1 << 28
     MIGRATABLE = 1 << 29

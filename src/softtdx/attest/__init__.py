@@ -17,6 +17,8 @@ from softtdx.attest.errors import PkiError as PkiError
 from softtdx.attest.errors import QuotingError as QuotingError
 from softtdx.attest.pki import Pki as Pki
 from softtdx.attest.pki import PkiOptions as PkiOptions
+from softtdx.attest.policy import Policy as Policy
+from softtdx.attest.policy import PolicyError as PolicyError
 from softtdx.attest.quote import BodyType as BodyType
 from softtdx.attest.quote import Quote as Quote
 from softtdx.attest.quoting import QuotingEnclave as QuotingEnclave
@@ -24,3 +26,7 @@ from softtdx.attest.tcb import PlatformTcb as PlatformTcb
 from softtdx.attest.tcb import TcbStatus as TcbStatus
 from softtdx.attest.tcb import TcbVariation as TcbVariation
 from softtdx.attest.tdreport import TdReport as TdReport
+from softtdx.attest.tdreport import parse_tdreport as parse_tdreport
+from softtdx.attest.verifier import Verdict as Verdict
+from softtdx.attest.verifier import VerificationError as VerificationError
+from softtdx.attest.verifier import Verifier as Verifier

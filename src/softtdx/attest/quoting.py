@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 
+from softtdx.abi.structs import REPORT_TYPE_TDX
 from softtdx.attest.errors import QuotingError
 from softtdx.attest.keys import public_point, sign_raw
 from softtdx.attest.pki import Pki
@@ -25,7 +26,7 @@ from softtdx.attest.quote import (
     TdBody15Ex,
     body_of_report,
 )
-from softtdx.attest.tdreport import REPORT_TYPE_TDX, TdReport
+from softtdx.attest.tdreport import TdReport, hashes_hold, parse_tdreport
 
 __all__ = ["QuotingEnclave"]
 
@@ -82,8 +83,8 @@ class QuotingEnclave:
             tcb = self.pki.options.tcb
             body = replace(
                 body,
-                init_cpu_svn=report.mac.cpu_svn,
-                init_tee_tcb_svn=report.tcb.tee_tcb_svn,
+                init_cpu_svn=report.report_mac.cpu_svn,
+                init_tee_tcb_svn=report.tee_tcb_info.tee_tcb_svn,
                 init_tee_fmspc=tcb.fmspc + bytes(6),
             )
         header = QuoteHeader(version=version, qe_vendor_id=INTEL_QE_VENDOR_ID, user_data=self.pki.ids.qe_id + bytes(4))
@@ -95,16 +96,17 @@ class QuotingEnclave:
 
     def check(self, tdreport: bytes) -> TdReport:
         """The TDREPORT, if this platform made it."""
-        report = TdReport.parse(tdreport)
-        if report.mac.report_type != REPORT_TYPE_TDX:
-            raise QuotingError(f"report type {report.mac.report_type:#x} is not a TD's ({REPORT_TYPE_TDX:#x})")
+        report = parse_tdreport(tdreport)
+        head = report.report_mac
+        if head.report_type.type != REPORT_TYPE_TDX:
+            raise QuotingError(f"report type {head.report_type.type:#x} is not a TD's ({REPORT_TYPE_TDX:#x})")
         if not self._verify_report(bytes(tdreport[:256])):
             raise QuotingError("the TDREPORT's MAC is not this platform's: it was made elsewhere or changed")
-        if not report.hashes_hold():
+        if not hashes_hold(report):
             raise QuotingError("the TDREPORT's TEE_TCB_INFO or TDINFO is not the one its MAC covers")
-        if report.mac.cpu_svn != self.pki.options.tcb.cpu_svn:
+        if head.cpu_svn != self.pki.options.tcb.cpu_svn:
             raise QuotingError(
-                f"the TDREPORT's CPUSVN {report.mac.cpu_svn.hex()} is not the one the PCK certificate is for "
+                f"the TDREPORT's CPUSVN {head.cpu_svn.hex()} is not the one the PCK certificate is for "
                 f"({self.pki.options.tcb.cpu_svn.hex()}); make the PKI with the platform's cpu_svn"
             )
         return report

@@ -5,9 +5,9 @@ Intel "SGX PCK Certificate and CRL Profile Specification", section "Intel SGX PC
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
+from softtdx.attest import der
 from softtdx.attest.errors import MalformedError
 
 __all__ = ["SGX_EXTENSION_OID", "PckExtension"]
@@ -16,66 +16,27 @@ SGX_EXTENSION_OID = "1.2.840.113741.1.13.1"
 BASE = bytes.fromhex("2a864886f84d010d01")
 PPID, TCB, PCEID, FMSPC, SGX_TYPE, INSTANCE, CONFIGURATION = (bytes([n]) for n in range(1, 8))
 PCESVN, CPUSVN = b"\x11", b"\x12"
-COMPONENTS = 16
+COMPONENT_OIDS = tuple(BASE + TCB + bytes([n]) for n in range(1, 17))
 CONFIGURATION_FLAGS = ("dynamic_platform", "cached_keys", "smt_enabled")
 
-TAG_BOOLEAN, TAG_INTEGER, TAG_OCTETS, TAG_OID, TAG_ENUMERATED, TAG_SEQUENCE = 0x01, 0x02, 0x04, 0x06, 0x0A, 0x30
-SHORT_FORM = 0x80
 TRUE = b"\xff"
 
-
-def _tlv(tag: int, value: bytes) -> bytes:
-    if len(value) < SHORT_FORM:
-        return bytes([tag, len(value)]) + value
-    length = len(value).to_bytes((len(value).bit_length() + 7) // 8, "big")
-    return bytes([tag, SHORT_FORM | len(length)]) + length + value
-
-
-def _integer(value: int) -> bytes:
-    return _tlv(TAG_INTEGER, value.to_bytes(value.bit_length() // 8 + 1, "big"))
+Table = dict[bytes, bytes]
 
 
 def _entry(suffix: bytes, value: bytes) -> bytes:
-    return _tlv(TAG_SEQUENCE, _tlv(TAG_OID, BASE + suffix) + value)
+    return der.tlv(der.SEQUENCE, der.tlv(der.OID, BASE + suffix) + value)
 
 
-def _read(data: bytes, at: int) -> tuple[int, bytes, int]:
-    """One DER element at `at`: its tag, its value, and where the next begins. Indefinite lengths are refused."""
-    try:
-        tag, length = data[at], data[at + 1]
-        at += 2
-        if length >= SHORT_FORM:
-            count = length & 0x7F
-            if not 1 <= count <= 4 or at + count > len(data):
-                raise MalformedError("the SGX extension has a DER length that cannot be")
-            length = int.from_bytes(data[at : at + count], "big")
-            at += count
-    except IndexError:
-        raise MalformedError("the SGX extension ends inside a DER element") from None
-    if at + length > len(data):
-        raise MalformedError("the SGX extension ends inside a DER element")
-    return tag, data[at : at + length], at + length
-
-
-def _entries(value: bytes) -> Iterator[tuple[bytes, int, bytes]]:
-    """(OID, tag, value) of each SEQUENCE { OID, value } in turn."""
-    at = 0
-    while at < len(value):
-        tag, entry, at = _read(value, at)
-        if tag != TAG_SEQUENCE:
-            raise MalformedError(f"the SGX extension has an entry of tag {tag:#04x}, not a SEQUENCE")
-        oid_tag, oid, after = _read(entry, 0)
-        if oid_tag != TAG_OID:
-            raise MalformedError(f"the SGX extension names an entry by tag {oid_tag:#04x}, not an OID")
-        item_tag, item, _ = _read(entry, after)
-        yield oid, item_tag, item
-
-
-def _lookup(value: bytes) -> dict[bytes, tuple[int, bytes]]:
-    """Entries by OID; the first of a name counts, as it does for the verifiers in use."""
-    found: dict[bytes, tuple[int, bytes]] = {}
-    for oid, tag, item in _entries(value):
-        found.setdefault(oid, (tag, item))
+def _lookup(value: bytes) -> Table:
+    """Values of SEQUENCE { OID, value } by OID; the first of a name counts, as for the verifiers in use."""
+    found: Table = {}
+    for tag, entry in der.elements(value):
+        oid_tag, oid_at, oid_end = der.element(entry)
+        if tag != der.SEQUENCE or oid_tag != der.OID:
+            raise MalformedError("the SGX extension has an entry that is no SEQUENCE of OID and value")
+        _, start, end = der.element(entry, oid_end)
+        found.setdefault(entry[oid_at:oid_end], entry[start:end])
     return found
 
 
@@ -102,32 +63,32 @@ class PckExtension:
     def to_der(self) -> bytes:
         """The extension's value."""
         components = self.components or self.cpu_svn
-        tcb = b"".join(_entry(TCB + bytes([n + 1]), _integer(svn)) for n, svn in enumerate(components))
-        tcb += _entry(TCB + PCESVN, _integer(self.pce_svn))
-        tcb += _entry(TCB + CPUSVN, _tlv(TAG_OCTETS, self.cpu_svn))
-        out = _entry(PPID, _tlv(TAG_OCTETS, self.ppid)) + _entry(TCB, _tlv(TAG_SEQUENCE, tcb))
-        out += _entry(PCEID, _tlv(TAG_OCTETS, self.pce_id)) + _entry(FMSPC, _tlv(TAG_OCTETS, self.fmspc))
-        out += _entry(SGX_TYPE, _tlv(TAG_ENUMERATED, bytes([self.sgx_type])))
+        tcb = b"".join(_entry(TCB + bytes([n + 1]), der.integer(svn)) for n, svn in enumerate(components))
+        tcb += _entry(TCB + PCESVN, der.integer(self.pce_svn))
+        tcb += _entry(TCB + CPUSVN, der.tlv(der.OCTETS, self.cpu_svn))
+        out = _entry(PPID, der.tlv(der.OCTETS, self.ppid)) + _entry(TCB, der.tlv(der.SEQUENCE, tcb))
+        out += _entry(PCEID, der.tlv(der.OCTETS, self.pce_id)) + _entry(FMSPC, der.tlv(der.OCTETS, self.fmspc))
+        out += _entry(SGX_TYPE, der.tlv(der.ENUMERATED, bytes([self.sgx_type])))
         if self.platform_instance_id is not None:
-            out += _entry(INSTANCE, _tlv(TAG_OCTETS, self.platform_instance_id))
+            out += _entry(INSTANCE, der.tlv(der.OCTETS, self.platform_instance_id))
             flags = b"".join(
-                _entry(CONFIGURATION + bytes([n + 1]), _tlv(TAG_BOOLEAN, TRUE if getattr(self, name) else b"\0"))
+                _entry(CONFIGURATION + bytes([n + 1]), der.tlv(der.BOOLEAN, TRUE if getattr(self, name) else b"\0"))
                 for n, name in enumerate(CONFIGURATION_FLAGS)
             )
-            out += _entry(CONFIGURATION, _tlv(TAG_SEQUENCE, flags))
-        return _tlv(TAG_SEQUENCE, out)
+            out += _entry(CONFIGURATION, der.tlv(der.SEQUENCE, flags))
+        return der.tlv(der.SEQUENCE, out)
 
     @classmethod
     def from_der(cls, data: bytes) -> PckExtension:
         """Reads the extension's value; raises `MalformedError` when a required entry is missing or odd."""
-        tag, body, end = _read(data, 0)
-        if tag != TAG_SEQUENCE or end != len(data):
+        tag, start, end = der.element(data)
+        if tag != der.SEQUENCE or end != len(data):
             raise MalformedError("the SGX extension is not one DER SEQUENCE")
-        top = _lookup(body)
+        top = _lookup(data[start:])
         tcb = _lookup(_need(top, TCB, "TCB"))
-        config = _lookup(top[BASE + CONFIGURATION][1]) if BASE + CONFIGURATION in top else {}
+        config = _lookup(top[BASE + CONFIGURATION]) if BASE + CONFIGURATION in top else {}
         flags = {
-            name: _boolean(config[oid][1], name)
+            name: _boolean(config[oid], name)
             for n, name in enumerate(CONFIGURATION_FLAGS)
             if (oid := BASE + CONFIGURATION + bytes([n + 1])) in config
         }
@@ -141,19 +102,23 @@ class PckExtension:
             pce_id=_need(top, PCEID, "PCEID"),
             fmspc=_need(top, FMSPC, "FMSPC", 6),
             sgx_type=int.from_bytes(sgx_type, "big"),
-            components=bytes(
-                _small(_need(tcb, TCB + bytes([n + 1]), f"component {n + 1}"), f"component {n + 1}", 1)
-                for n in range(COMPONENTS)
-            ),
-            platform_instance_id=top[BASE + INSTANCE][1] if BASE + INSTANCE in top else None,
+            components=_components(tcb),
+            platform_instance_id=top.get(BASE + INSTANCE),
             **flags,
         )
 
 
-def _need(table: dict[bytes, tuple[int, bytes]], suffix: bytes, name: str, size: int | None = None) -> bytes:
+def _components(tcb: Table) -> bytes:
+    try:
+        return bytes([int.from_bytes(tcb[oid], "big") for oid in COMPONENT_OIDS])
+    except (KeyError, ValueError):
+        raise MalformedError("the SGX extension lacks one of its 16 SVN components, or one is over 255") from None
+
+
+def _need(table: Table, suffix: bytes, name: str, size: int | None = None) -> bytes:
     if BASE + suffix not in table:
         raise MalformedError(f"the PCK certificate's SGX extension has no {name}")
-    value = table[BASE + suffix][1]
+    value = table[BASE + suffix]
     if size is not None and len(value) != size:
         raise MalformedError(f"the SGX extension's {name} is {len(value)} bytes, not {size}")
     return value

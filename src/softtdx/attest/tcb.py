@@ -13,7 +13,15 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
-__all__ = ["PlatformTcb", "QeIdentityValues", "TcbStatus", "TcbVariation", "qe_identity_text", "tcb_info_text"]
+__all__ = [
+    "PlatformTcb",
+    "QeIdentityValues",
+    "TcbStatus",
+    "TcbVariation",
+    "converge",
+    "qe_identity_text",
+    "tcb_info_text",
+]
 
 SVN_COUNT = 16
 SGX_COMPONENTS = {
@@ -45,6 +53,18 @@ class TcbStatus(StrEnum):
     REVOKED = "Revoked"
     TD_RELAUNCH_ADVISED = "TDRelaunchAdvised"
     TD_RELAUNCH_ADVISED_CONFIGURATION_NEEDED = "TDRelaunchAdvisedConfigurationNeeded"
+
+
+def converge(platform: TcbStatus, component: TcbStatus) -> TcbStatus:
+    """A platform's status together with that of its TDX module or quoting enclave."""
+    if component is TcbStatus.REVOKED:
+        return TcbStatus.REVOKED
+    if component is TcbStatus.OUT_OF_DATE:
+        if platform in (TcbStatus.UP_TO_DATE, TcbStatus.SW_HARDENING_NEEDED):
+            return TcbStatus.OUT_OF_DATE
+        if platform in (TcbStatus.CONFIGURATION_NEEDED, TcbStatus.CONFIGURATION_AND_SW_HARDENING_NEEDED):
+            return TcbStatus.OUT_OF_DATE_CONFIGURATION_NEEDED
+    return platform
 
 
 @dataclass(frozen=True)
@@ -128,16 +148,24 @@ def _platform_levels(tcb: PlatformTcb, vary: TcbVariation, date: str) -> list[di
             "tdxtcbcomponents": _components(tee, TDX_COMPONENTS),
         }
 
-    above = needs(_raised(tcb.cpu_svn), tcb.pce_svn + 1, tcb.tee_tcb_svn)
     levels = []
+    above = needs(_raised(tcb.cpu_svn), tcb.pce_svn + 1, tcb.tee_tcb_svn)
     if vary.no_match:
         return [_level(above, date, TcbStatus.UP_TO_DATE, ())]
     if vary.status is not TcbStatus.UP_TO_DATE:
         levels.append(_level(above, date, TcbStatus.UP_TO_DATE, ()))
-    here = needs(tcb.cpu_svn, tcb.pce_svn, tcb.tee_tcb_svn)
-    levels.append(_level(here, date, vary.status, vary.advisory_ids))
+    here, here_status, advisories = tcb.tee_tcb_svn, vary.status, vary.advisory_ids
+    if vary.module_status is not TcbStatus.UP_TO_DATE:
+        # Verifiers that know module identities leave the module's SVN to them and take this level; those that do not
+        # find the module too old for it and take the next, which says what the others conclude.
+        newer = needs(tcb.cpu_svn, tcb.pce_svn, _raised(tcb.tee_tcb_svn))
+        levels.append(_level(newer, date, vary.status, vary.advisory_ids))
+        here_status = converge(vary.status, vary.module_status)
+        advisories += tuple(item for item in vary.module_advisory_ids if item not in advisories)
+    levels.append(_level(needs(tcb.cpu_svn, tcb.pce_svn, here), date, here_status, advisories))
     floor_tee = bytes([0, tcb.tee_tcb_svn[1]]) + bytes(SVN_COUNT - 2)
-    levels.append(_level(needs(bytes(SVN_COUNT), 5, floor_tee), OLD_DATE, TcbStatus.OUT_OF_DATE, ("INTEL-SA-00837",)))
+    floor = needs(bytes(SVN_COUNT), min(5, tcb.pce_svn), floor_tee)
+    levels.append(_level(floor, OLD_DATE, TcbStatus.OUT_OF_DATE, ("INTEL-SA-00837",)))
     return levels
 
 
