@@ -85,7 +85,7 @@ _DETAIL_NON_LEAF: Final = ACCESS | LEAF
 _U64: Final = (1 << 64) - 1
 _INVALID: Final = int(Status.OPERAND_INVALID)
 _SEPT_LOCK: Final = int(LockId.SEPT)
-_ROOT_PAGE: Final = tdcs.SEPT_ROOT >> 12
+ROOT_PAGE: Final = tdcs.SEPT_ROOT >> 12
 
 _IMPORT_STATES: Final = frozenset(int(state) for state in opstate.IMPORT_IN_PROGRESS)
 
@@ -184,7 +184,7 @@ def open_entry(call: Call, td: Td, info: int, lowest: int, highest: int, exclusi
     if call.locks.acquire(td.pa | _SEPT_LOCK, exclusive):
         raise LeafError(Status.OPERAND_BUSY, Operand.SEPT_TREE)
     call.held.append((td.pa | _SEPT_LOCK, exclusive))
-    at, entry, reached = walk(cpu, td.pages[_ROOT_PAGE], top, info, level)
+    at, entry, reached = walk(cpu, td.pages[ROOT_PAGE], top, info, level)
     if reached != level:
         set_details(call.regs, entry, reached, call.g.hkid_mask)
         raise LeafError(Status.EPT_WALK_FAILED, Operand.RCX)

@@ -12,6 +12,7 @@ from ..errors import LeafError, operand_invalid
 from ..locks import EXCLUSIVE, SHARED
 from ..pamt import PageType, lock_free_range, lock_implicit, lock_page
 from ..registry import seamcall
+from ..shared import check_shared
 from ..td import NO_LOCK, open_td
 
 _ADD: Final = SeamcallLeaf.MEM_PAGE_ADD
@@ -54,7 +55,7 @@ def mem_page_add(call: Call) -> None:
     if level or entry & STATE_MASK not in _ADD_STATES:
         sept.set_details(regs, entry, level, call.g.hkid_mask)
         raise LeafError(Status.EPT_WALK_FAILED if level else STATE_INCORRECT, RCX)
-    _check_shared_page(call, source)
+    check_shared(call.g, source, PAGE, Operand.R9)
     page = lock_page(call, pa, NDA, EXCLUSIVE, R8)
 
     # Every check has passed.
@@ -64,17 +65,6 @@ def mem_page_add(call: Call) -> None:
     measure.extend(td, measure.page_add_record(info))
     td.add_children(1)
     page.set(REG, td.pa, 0)
-
-
-def _check_shared_page(call: Call, pa: int) -> None:
-    """A page that the module reads on the host's behalf: aligned, shared KeyID, outside SEAMRR."""
-    g = call.g
-    base, size = g.seamrr
-    plain = pa & g.pa_mask
-    if pa & (PAGE - 1) or pa >> 52 or (plain < base + size and base < plain + PAGE):
-        raise operand_invalid(Operand.R9)
-    if g.hkid_of(pa) >= g.private_hkid_min:
-        raise operand_invalid(Operand.R9)
 
 
 @seamcall(_AUG)
