@@ -4,7 +4,7 @@ from typing import Any
 
 from softtdx.abi import cpuid, exits, fields, leaves, msrs, sept, status, structs
 from softtdx.abi.opstate import GUEST_MASKS, HOST_MASKS, OpState
-from softtdx.abi.wire import Array, Bits, Part, Wire
+from softtdx.abi.wire import Array, Bits, Field, Part, Wire
 from softtdx.errors import SoftTdxError
 
 __all__ = [
@@ -21,6 +21,16 @@ __all__ = [
 ]
 
 _U64 = (1 << 64) - 1
+CPUID_MASKS = (
+    "verify_mask",
+    "verify_value",
+    "verify_same",
+    "fixed1",
+    "fixed0_or_dynamic",
+    "config_direct",
+    "allow_direct",
+)
+FIELD_MASKS = ("prod_rd", "prod_wr", "dbg_rd", "dbg_wr", "guest_rd", "guest_wr", "migtd_rd", "migtd_wr", "export")
 
 
 def parse_u64(text: str) -> int:
@@ -173,7 +183,6 @@ def _answers_to(entry: fields.MdField, wanted: str) -> bool:
 
 def _field_facts(position: fields.FieldPosition) -> dict[str, Any]:
     entry = position.entry
-    masks = ("prod_rd", "prod_wr", "dbg_rd", "dbg_wr", "guest_rd", "guest_wr", "migtd_rd", "migtd_wr", "export")
     facts: dict[str, Any] = {
         "table": entry.table,
         "name": entry.full_name,
@@ -184,7 +193,7 @@ def _field_facts(position: fields.FieldPosition) -> dict[str, Any]:
         "mig_export": entry.mig_export,
         "mig_import": entry.mig_import,
     }
-    facts |= {mask: f"{getattr(entry, mask):#x}" for mask in masks}
+    facts |= {mask: f"{getattr(entry, mask):#x}" for mask in FIELD_MASKS}
     return facts | {"import": f"{entry.import_:#x}"}
 
 
@@ -222,16 +231,9 @@ def explain_cpuid(leaf: int, subleaf: int = 0) -> dict[str, Any]:
             "subleaf": f"{subleaf:#x}",
             "meaning": "not in the table: #VE, or 0 above the maximum",
         }
-    masks = (
-        "verify_mask",
-        "verify_value",
-        "verify_same",
-        "fixed1",
-        "fixed0_or_dynamic",
-        "config_direct",
-        "allow_direct",
-    )
-    shown = {mask: {reg: f"{value:#010x}" for reg, value in getattr(row, mask)._asdict().items()} for mask in masks}
+    shown = {
+        mask: {reg: f"{value:#010x}" for reg, value in getattr(row, mask)._asdict().items()} for mask in CPUID_MASKS
+    }
     return {
         "leaf": f"{row.leaf:#x}",
         "subleaf": None if row.subleaf is None else f"{row.subleaf:#x}",
@@ -249,12 +251,12 @@ def structures() -> dict[str, type[Wire]]:
     """The structures of `softtdx.abi` by name."""
     from softtdx.abi import ghci, kvm, migration
 
-    found: dict[str, type[Wire]] = {}
-    for module in (structs, migration, ghci, kvm):
-        for name, value in vars(module).items():
-            if isinstance(value, type) and issubclass(value, Wire) and value is not Wire:
-                found[name] = value
-    return found
+    return {
+        name: value
+        for module in (structs, migration, ghci, kvm)
+        for name, value in vars(module).items()
+        if isinstance(value, type) and issubclass(value, Wire) and value is not Wire
+    }
 
 
 def explain_struct(name: str) -> dict[str, Any]:
@@ -263,11 +265,7 @@ def explain_struct(name: str) -> dict[str, Any]:
     kind = by_lower.get(name.strip().lower().replace("_", ""))
     if kind is None:
         raise SoftTdxError(f"no structure {name!r}; there are {', '.join(sorted(structures()))}")
-    rows = []
-    for field in kind.fields:
-        descriptor = vars(kind)[field.name]
-        inner = descriptor.kind.__name__ if isinstance(descriptor, (Part, Array)) else None
-        rows.append({"at": field.at, "size": field.size, "name": field.name, "count": field.count, "structure": inner})
+    rows = [_wire_field(kind, field) for field in kind.fields]
     bit_fields = [
         {"of": bits.of.name, "low": bits.low, "width": bits.mask.bit_length(), "name": bits.name}
         for bits in vars(kind).values()
@@ -281,3 +279,9 @@ def explain_struct(name: str) -> dict[str, Any]:
         "bits": bit_fields,
         "reserved": [{"at": at, "size": size} for at, size in kind.reserved()],
     }
+
+
+def _wire_field(kind: type[Wire], field: Field) -> dict[str, Any]:
+    descriptor = vars(kind)[field.name]
+    inner = descriptor.kind.__name__ if isinstance(descriptor, (Part, Array)) else None
+    return {"at": field.at, "size": field.size, "name": field.name, "count": field.count, "structure": inner}

@@ -526,8 +526,9 @@ def _describe_unknown(rax: int) -> str:
     parts = split(rax)
     flags = [flag for flag, on in zip(("error", "non-recoverable", "fatal", "host hint"), parts[:4], strict=True) if on]
     base = _BY_IDENTITY.get((rax >> 32) & 0xFFFF)
-    known = f"{base.name} with other flags" if base is not None else "unknown status"
-    return f"{known} {rax & STATUS_MASK:#018x} [{', '.join(flags) or 'no error'}]"
+    plain = rax & (0xFFF << 48) == 0
+    name = base.name if base is not None and plain else f"unknown status {rax & STATUS_MASK:#018x}"
+    return f"{name} [{', '.join(flags) or 'no error'}]"
 
 
 def _describe_detail(kind: DetailKind, detail: int) -> str:
