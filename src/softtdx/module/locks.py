@@ -90,6 +90,10 @@ class LockTable:
             self.state[key] = held | HOST_PRIORITY
             return BUSY
 
+    def host_waits(self, key: int) -> bool:
+        """Whether a host found this lock held, so that who holds it should hurry."""
+        return bool(self.state.get(key, 0) & HOST_PRIORITY)
+
     def demote(self, key: int) -> None:
         """Exclusive to shared: cannot fail."""
         with self.mutex:

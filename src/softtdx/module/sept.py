@@ -17,6 +17,8 @@ from softtdx.abi import sept as abi
 from softtdx.abi.leaves import SeamcallLeaf, TdcallLeaf
 from softtdx.abi.sept import (
     ACCEPT_COUNTER_MASK,
+    ARCH_LEAF_MASK,
+    ARCH_NON_LEAF_MASK,
     FREE_ENTRY,
     HP,
     HPA_MASK,
@@ -80,8 +82,6 @@ REMOVED_ENTRY: Final = REMOVED | SVE
 _MIG_EPOCH_VALID: Final = 1 << 44
 _MIG_EPOCH_SHIFT: Final = 12
 
-_DETAIL_LEAF: Final = ACCESS | MT_MASK | HPA_MASK | IPAT | LEAF | SVE
-_DETAIL_NON_LEAF: Final = ACCESS | LEAF
 _U64: Final = (1 << 64) - 1
 _INVALID: Final = int(Status.OPERAND_INVALID)
 _SEPT_LOCK: Final = int(LockId.SEPT)
@@ -239,7 +239,7 @@ def set_details(regs: Registers, entry: int, level: int, keyid_mask: int) -> Non
     if state == FREE:
         regs.rcx = SVE
     else:
-        regs.rcx = entry & (_DETAIL_LEAF if entry & LEAF else _DETAIL_NON_LEAF) & ~keyid_mask
+        regs.rcx = entry & (ARCH_LEAF_MASK if entry & LEAF else ARCH_NON_LEAF_MASK) & ~keyid_mask
     regs.rdx = level | _PUBLIC_STATE.get(state, 0) << 8
 
 
@@ -381,6 +381,18 @@ def write_free_page(cpu: SeamCpu, page: int) -> None:
     """Make a page of DRAM (KeyID included) an S-EPT page in which every entry is free."""
     cpu.zero_page(page)
     cpu.write(page, _FREE_PAGE)
+
+
+def read_page(cpu: SeamCpu, page: int) -> tuple[int, ...]:
+    """The 512 entries of an S-EPT page."""
+    return _ENTRIES.unpack(cpu.read(page, 4096))
+
+
+def write_split(cpu: SeamCpu, page: int, whole: int, level: int) -> None:
+    """Fill a page of DRAM with the 512 entries that together map what `whole`, an entry of `level`, maps."""
+    size = 1 << (12 + 9 * (level - 1))
+    cpu.zero_page(page)
+    cpu.write(page, _ENTRIES.pack(*range(whole, whole + 512 * size, size)))
 
 
 def page_is_free(cpu: SeamCpu, page: int) -> bool:

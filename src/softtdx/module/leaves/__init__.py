@@ -5,6 +5,7 @@ from . import (  # noqa: F401
     mem_range,
     mem_rw,
     mem_sept,
+    mem_size,
     mng,
     mr,
     phymem,

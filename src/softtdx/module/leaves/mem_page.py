@@ -130,8 +130,7 @@ def mem_page_remove(call: Call) -> None:
     # Every check has passed.
     sept.store(cpu, at, entry, sept.vacated(td))
     td.add_children(-(1 << 9 * level))
-    page.set_type(NDA)
-    regs.rcx = pa
+    regs.rcx = pa | page.set_type(NDA)
 
 
 @seamcall(_RELOCATE)
@@ -169,7 +168,6 @@ def mem_page_relocate(call: Call) -> None:
     target = new_pa | td.key_bits
     if entry & STATE_MASK not in sept.ANY_PENDING:
         cpu.copy_page(target, old_pa | td.key_bits)
-    old.set_type(NDA)
     new.set(REG, td.pa, 0)
     sept.store(cpu, at, entry, sept.unblocked(entry & ~HPA_MASK | target) & ~TDEL)
-    regs.rcx = old_pa
+    regs.rcx = old_pa | old.set_type(NDA)

@@ -164,5 +164,4 @@ def mem_sept_remove(call: Call) -> None:
         raise
     sept.store(cpu, at, entry, FREE_ENTRY)
     td.add_children(-1)
-    page.set_type(PageType.NDA)
-    regs.rcx = pa
+    regs.rcx = pa | page.set_type(PageType.NDA)
