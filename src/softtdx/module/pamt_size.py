@@ -97,7 +97,7 @@ def _take_pair(call: Call, pair: Pair) -> None:
         found = walk(call, node, g.blocks[node >> 30], SHARED, PageSize.SIZE_4K, operand)
         if found.page_type != PageType.NDA:
             raise LeafError(Status.PAGE_NOT_FREE, operand)
-    taken = []
+    taken: list[int] = []
     for node, operand in pair:
         if bitmap_change(call.cpu, g.blocks[node >> 30], node, True):
             for other in taken:
