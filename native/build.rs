@@ -76,7 +76,11 @@ fn x86_compiler() -> Vec<String> {
             candidates.push(vec![tool.path().to_string_lossy().into_owned()]);
         }
         candidates.push(vec!["x86_64-linux-gnu-gcc".into()]);
-        candidates.push(vec!["clang".into(), "--target=x86_64-unknown-none-elf".into(), "-fuse-ld=lld".into()]);
+        candidates.push(vec![
+            "clang".into(),
+            "--target=x86_64-unknown-none-elf".into(),
+            "-fuse-ld=lld".into(),
+        ]);
     }
     let usable = candidates.iter().find(|command| targets_x86_64(command));
     let Some(command) = usable else {
@@ -89,8 +93,13 @@ fn x86_compiler() -> Vec<String> {
 }
 
 fn targets_x86_64(command: &[String]) -> bool {
-    let Some((program, arguments)) = command.split_first() else { return false };
-    let answer = Command::new(program).args(arguments).arg("-dumpmachine").output();
+    let Some((program, arguments)) = command.split_first() else {
+        return false;
+    };
+    let answer = Command::new(program)
+        .args(arguments)
+        .arg("-dumpmachine")
+        .output();
     answer.is_ok_and(|output| {
         let machine = String::from_utf8_lossy(&output.stdout);
         machine.starts_with("x86_64") && !machine.contains("darwin") && !machine.contains("windows")
@@ -100,11 +109,22 @@ fn targets_x86_64(command: &[String]) -> bool {
 fn build(guest: &Guest, compiler: &[String], out: &Path) {
     let folder = Path::new(GUESTS);
     let mut command = Command::new(&compiler[0]);
-    command.args(&compiler[1..]).args(FLAGS).args(guest.flags).arg("-T").arg(folder.join(guest.script));
+    command
+        .args(&compiler[1..])
+        .args(FLAGS)
+        .args(guest.flags)
+        .arg("-T")
+        .arg(folder.join(guest.script));
     command.args(guest.sources.iter().map(|source| folder.join(source)));
     command.arg(OsStr::new("-o")).arg(out.join(guest.name));
-    let output = command.output().unwrap_or_else(|error| panic!("cannot run {command:?}: {error}"));
+    let output = command
+        .output()
+        .unwrap_or_else(|error| panic!("cannot run {command:?}: {error}"));
     if !output.status.success() {
-        panic!("the guest program {} does not build:\n{command:?}\n{}", guest.name, String::from_utf8_lossy(&output.stderr));
+        panic!(
+            "the guest program {} does not build:\n{command:?}\n{}",
+            guest.name,
+            String::from_utf8_lossy(&output.stderr)
+        );
     }
 }

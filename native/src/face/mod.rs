@@ -2,6 +2,7 @@
 
 mod errors;
 pub mod memory;
+mod payloads;
 mod sha384;
 
 use pyo3::prelude::*;
@@ -13,5 +14,6 @@ pub use errors::{raise, vm_fail};
 fn silicon(module: &Bound<'_, PyModule>) -> PyResult<()> {
     errors::register(module)?;
     memory::register(module)?;
-    sha384::register(module)
+    sha384::register(module)?;
+    payloads::register(module)
 }

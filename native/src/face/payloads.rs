@@ -4,7 +4,10 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 
 const PAYLOADS: &[(&str, &[u8])] = &[
-    ("launcher", include_bytes!(concat!(env!("OUT_DIR"), "/launcher"))),
+    (
+        "launcher",
+        include_bytes!(concat!(env!("OUT_DIR"), "/launcher")),
+    ),
     ("demo", include_bytes!(concat!(env!("OUT_DIR"), "/demo"))),
 ];
 
