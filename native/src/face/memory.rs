@@ -1,8 +1,8 @@
-//! `Memory` for Python.
+//! `Memory` for Python, and the accesses that `Core` shares with it.
 //!
-//! Whatever can lead to a shootdown releases the GIL first: it waits for running processors. Reads of a page or
-//! less keep it, since letting go costs more than the read; if one meets a locked page it waits for a thread that
-//! never takes the GIL while it holds a page, so it cannot wait forever.
+//! An access that needs no wait keeps the GIL: to let it go costs more than the access. Everything else, in
+//! particular whatever can lead to a shootdown, lets it go first, so that a processor that runs on another thread
+//! may finish its block even if it needs Python for that.
 
 use std::sync::Arc;
 
@@ -126,7 +126,7 @@ impl Memory {
     }
 }
 
-/// Reads `size` bytes as `agent`, for Python.
+/// Reads `size` bytes as `agent`.
 pub fn read<'py>(
     py: Python<'py>,
     memory: &mem::Memory,
@@ -134,13 +134,22 @@ pub fn read<'py>(
     size: usize,
     agent: Agent,
 ) -> PyResult<Bound<'py, PyBytes>> {
-    bytes(py, size, |into| {
-        let done = py.detach(|| memory.read(pa, into, agent));
-        done.map_err(|fault| raise(py, fault))
-    })
+    bytes(py, size, |into| fill(py, memory, pa, into, agent))
 }
 
-/// Writes `data` as `agent`, for Python.
+/// Reads an integer's `N` bytes, little endian.
+pub fn load<const N: usize>(
+    py: Python<'_>,
+    memory: &mem::Memory,
+    pa: u64,
+    agent: Agent,
+) -> PyResult<[u8; N]> {
+    let mut into = [0; N];
+    fill(py, memory, pa, &mut into, agent)?;
+    Ok(into)
+}
+
+/// Writes `data`, an integer's bytes as well as a buffer.
 pub fn write(
     py: Python<'_>,
     memory: &mem::Memory,
@@ -148,7 +157,24 @@ pub fn write(
     data: &[u8],
     agent: Agent,
 ) -> PyResult<()> {
+    if memory.write_now(pa, data, agent) {
+        return Ok(());
+    }
     py.detach(|| memory.write(pa, data, agent))
+        .map_err(|fault| raise(py, fault))
+}
+
+fn fill(
+    py: Python<'_>,
+    memory: &mem::Memory,
+    pa: u64,
+    into: &mut [u8],
+    agent: Agent,
+) -> PyResult<()> {
+    if memory.read_now(pa, into, agent) {
+        return Ok(());
+    }
+    py.detach(|| memory.read(pa, into, agent))
         .map_err(|fault| raise(py, fault))
 }
 

@@ -1,19 +1,13 @@
 //! Loads and stores through the engine, and pages handed out whole.
 
-use super::bytes::Word;
+use super::bytes::{self, Word};
 use super::config::{LINE, PAGE};
+use super::dram::Page;
 use super::keys::Tag;
 use super::page::Locked;
 use super::{Agent, Fault, Memory, PageAccess, Requester};
 
 const OFFSET: u64 = PAGE - 1;
-
-/// Where a `pa` leads: the key in force, and the DRAM address.
-#[derive(Clone, Copy)]
-struct Target {
-    tag: Tag,
-    address: u64,
-}
 
 impl Memory {
     /// Reads any length, crossing lines and pages. Outside DRAM everything reads as ones.
@@ -46,6 +40,35 @@ impl Memory {
         Ok(())
     }
 
+    /// Reads within one page if that needs no wait and no change of any line; `false`: nothing was done, use `read`.
+    #[inline]
+    pub fn read_now(&self, pa: u64, into: &mut [u8], agent: Agent) -> bool {
+        let Some((page, tag)) = self.whole_in_page(pa, into.len(), agent) else {
+            return false;
+        };
+        let offset = (pa & OFFSET) as usize;
+        // SAFETY: `whole_in_page` keeps the access within the page.
+        let read = |data: *const u8| unsafe { bytes::copy_out(data.add(offset), into) };
+        page.read_unlocked(tag, read).is_some()
+    }
+
+    /// Writes within one page if that needs no wait: the page is wholly of this key, or becomes so, and nothing has
+    /// to be taken back. `false`: nothing was done, use `write`.
+    #[inline]
+    pub fn write_now(&self, pa: u64, from: &[u8], agent: Agent) -> bool {
+        let Some((page, tag)) = self.whole_in_page(pa, from.len(), agent) else {
+            return false;
+        };
+        let Some(mut locked) = Locked::now(self, page, agent) else {
+            return false;
+        };
+        let same = locked.uniform() == Some(tag);
+        if !same && (from.len() < PAGE as usize || locked.is_out()) {
+            return false;
+        }
+        locked.write((pa & OFFSET) as usize, from, tag, 0).is_ok()
+    }
+
     #[inline]
     pub fn rd8(&self, pa: u64, agent: Agent) -> Result<u8, Fault> {
         self.load(pa, agent)
@@ -68,22 +91,22 @@ impl Memory {
 
     #[inline]
     pub fn wr8(&self, pa: u64, value: u8, agent: Agent) -> Result<(), Fault> {
-        self.write(pa, &value.to_le_bytes(), agent)
+        self.store(pa, value, agent)
     }
 
     #[inline]
     pub fn wr16(&self, pa: u64, value: u16, agent: Agent) -> Result<(), Fault> {
-        self.write(pa, &value.to_le_bytes(), agent)
+        self.store(pa, value, agent)
     }
 
     #[inline]
     pub fn wr32(&self, pa: u64, value: u32, agent: Agent) -> Result<(), Fault> {
-        self.write(pa, &value.to_le_bytes(), agent)
+        self.store(pa, value, agent)
     }
 
     #[inline]
     pub fn wr64(&self, pa: u64, value: u64, agent: Agent) -> Result<(), Fault> {
-        self.write(pa, &value.to_le_bytes(), agent)
+        self.store(pa, value, agent)
     }
 
     /// LOCK CMPXCHG of `size` bytes (1, 2, 4, 8 or 16) at any alignment. Returns the value found; it was replaced
@@ -182,43 +205,47 @@ impl Memory {
 
     #[inline(always)]
     fn load<T: Word>(&self, pa: u64, agent: Agent) -> Result<T, Fault> {
-        if pa & (size_of::<T>() as u64 - 1) == 0 {
-            let target = self.resolve(pa, agent.mode)?;
-            if let Some(page) = self.dram.page(target.address) {
-                let offset = (pa & OFFSET) as usize;
+        if is_aligned::<T>(pa) {
+            if let Some((page, tag)) = self.whole_in_page(pa, size_of::<T>(), agent) {
                 // SAFETY: the offset is aligned to the word and within the page.
-                if let Some(value) =
-                    page.read_unlocked(target.tag, |data| unsafe { T::load(data.add(offset)) })
-                {
+                let read = |data: *const u8| unsafe { T::load(data.add((pa & OFFSET) as usize)) };
+                if let Some(value) = page.read_unlocked(tag, read) {
                     return Ok(value);
                 }
             }
         }
-        let mut bytes = [0; 8];
+        let mut bytes = [0; 16];
         self.read(pa, &mut bytes[..size_of::<T>()], agent)?;
-        Ok(T::from_wide(u128::from(u64::from_le_bytes(bytes))))
+        Ok(T::from_wide(u128::from_le_bytes(bytes)))
+    }
+
+    #[inline(always)]
+    fn store<T: Word>(&self, pa: u64, value: T, agent: Agent) -> Result<(), Fault> {
+        if is_aligned::<T>(pa) {
+            if let Some(mut locked) = self.lock_now(pa, size_of::<T>(), agent) {
+                locked.note_store();
+                // SAFETY: the offset is aligned to the word and within the page.
+                unsafe { T::store(locked.page.data.add((pa & OFFSET) as usize), value) };
+                return Ok(());
+            }
+        }
+        self.write(pa, &value.wide().to_le_bytes()[..size_of::<T>()], agent)
     }
 
     #[inline]
     fn read_in_page(&self, pa: u64, into: &mut [u8], agent: Agent) -> Result<(), Fault> {
-        let target = self.resolve(pa, agent.mode)?;
-        let Some(page) = self.dram.page(target.address) else {
-            into.fill(0xFF);
-            return Ok(());
-        };
-        let offset = (pa & OFFSET) as usize;
-        // SAFETY: `offset + into.len()` is at most 4096, by the callers.
-        if page
-            .read_unlocked(target.tag, |data| unsafe {
-                super::bytes::copy_out(data.add(offset), into)
-            })
-            .is_some()
-        {
+        if self.read_now(pa, into, agent) {
             return Ok(());
         }
         match self.lock(pa, agent)? {
-            Some((mut locked, tag)) => locked.read(offset, into, tag, pa & !self.address_mask),
-            None => Ok(()),
+            Some((mut locked, tag)) => {
+                let offset = (pa & OFFSET) as usize;
+                locked.read(offset, into, tag, pa & !self.address_mask)
+            }
+            None => {
+                into.fill(0xFF);
+                Ok(())
+            }
         }
     }
 
@@ -240,16 +267,22 @@ impl Memory {
         new: &[u8],
         agent: Agent,
     ) -> Result<(), Fault> {
+        let offset = (pa & OFFSET) as usize;
+        let atomic = matches!(found.len(), 1 | 2 | 4 | 8) && offset.is_multiple_of(found.len());
+        if atomic {
+            if let Some(mut locked) = self.lock_now(pa, found.len(), agent) {
+                // SAFETY: aligned and within the page.
+                unsafe { cas_cells(&mut locked, offset, found, old, new) };
+                return Ok(());
+            }
+        }
         let Some((mut locked, tag)) = self.lock(pa, agent)? else {
             found.fill(0xFF);
             return Ok(());
         };
-        let offset = (pa & OFFSET) as usize;
-        let aligned = offset.is_multiple_of(found.len().max(1));
-        if aligned && locked.uniform() == Some(tag) && found.len() <= 8 {
-            locked.note_store();
+        if atomic && locked.uniform() == Some(tag) {
             // SAFETY: aligned and within the page.
-            unsafe { cas_cells(locked.page.data.add(offset), found, old, new) };
+            unsafe { cas_cells(&mut locked, offset, found, old, new) };
             return Ok(());
         }
         // Nothing the host offers is atomic here: shut everybody else out. Running processors lose their
@@ -262,28 +295,52 @@ impl Memory {
         locked.write(offset, value, tag, keyid)
     }
 
+    /// The page of an access that stays within it, if there is one.
+    #[inline(always)]
+    fn whole_in_page(&self, pa: u64, len: usize, agent: Agent) -> Option<(Page<'_>, Tag)> {
+        let (tag, address) = self.resolve(pa, agent.mode).ok()?;
+        let inside = (pa & OFFSET) as usize + len <= PAGE as usize;
+        let page = self.dram.page(address).filter(|_| inside)?;
+        Some((page, tag))
+    }
+
+    /// Locks the page of an access within it, if that needs no waiting and the page is uniform under its key.
+    #[inline(always)]
+    fn lock_now<'m>(&'m self, pa: u64, len: usize, agent: Agent<'m>) -> Option<Locked<'m>> {
+        let (page, tag) = self.whole_in_page(pa, len, agent)?;
+        Locked::now(self, page, agent).filter(|locked| locked.uniform() == Some(tag))
+    }
+
     /// Locks the page of `pa`. The key is looked up under the lock, so that a pointer handed out and a
     /// reprogramming cannot miss each other.
     #[inline]
     fn lock<'m>(&'m self, pa: u64, agent: Agent<'m>) -> Result<Option<(Locked<'m>, Tag)>, Fault> {
-        let target = self.resolve(pa, agent.mode)?;
-        let Some(page) = self.dram.page(target.address) else {
+        let (keyid, address) = self.admit(pa, agent.mode)?;
+        let Some(page) = self.dram.page(address) else {
+            self.keys.current(keyid).ok_or(Fault::Bus { pa })?;
             return Ok(None);
         };
         let locked = Locked::new(self, page, agent);
-        let tag = self.resolve(pa, agent.mode)?.tag;
+        let tag = self.keys.current(keyid).ok_or(Fault::Bus { pa })?;
         Ok(Some((locked, tag)))
     }
 
-    /// Checks a `pa` and splits it.
+    /// The key in force for a `pa`, and its DRAM address.
     #[inline(always)]
-    fn resolve(&self, pa: u64, mode: Requester) -> Result<Target, Fault> {
+    fn resolve(&self, pa: u64, mode: Requester) -> Result<(Tag, u64), Fault> {
+        let (keyid, address) = self.admit(pa, mode)?;
+        let tag = self.keys.current(keyid).ok_or(Fault::Bus { pa })?;
+        Ok((tag, address))
+    }
+
+    /// Splits a `pa` that this requester may name.
+    #[inline(always)]
+    fn admit(&self, pa: u64, mode: Requester) -> Result<(u32, u64), Fault> {
         let (keyid, address) = self.split(pa)?;
         if mode == Requester::Host && self.keys.is_private(keyid) {
             return Err(Fault::Bus { pa });
         }
-        let tag = self.keys.current(keyid).ok_or(Fault::Bus { pa })?;
-        Ok(Target { tag, address })
+        Ok((keyid, address))
     }
 
     /// An access may not run over the top of DRAM addresses into the next KeyID.
@@ -296,14 +353,21 @@ impl Memory {
     }
 }
 
+#[inline(always)]
+fn is_aligned<T>(pa: u64) -> bool {
+    pa & (size_of::<T>() as u64 - 1) == 0
+}
+
 /// One aligned CMPXCHG of `found.len()` (1, 2, 4 or 8) bytes.
 ///
 /// # Safety
-/// `at` is aligned to that length and points into a page.
-unsafe fn cas_cells(at: *mut u8, found: &mut [u8], old: &[u8], new: &[u8]) {
+/// `offset` is aligned to that length and within the page.
+unsafe fn cas_cells(locked: &mut Locked, offset: usize, found: &mut [u8], old: &[u8], new: &[u8]) {
+    locked.note_store();
     let (old, new) = (wide(old), wide(new));
     // SAFETY: the caller's promise.
     let value = unsafe {
+        let at = locked.page.data.add(offset);
         match found.len() {
             8 => u64::cas(at, old as u64, new as u64).wide(),
             4 => u32::cas(at, old as u32, new as u32).wide(),

@@ -127,10 +127,10 @@ impl Locked<'_> {
             Line::Poisoned { .. } => return Err(Poison(index)),
             _ => {}
         }
-        let mut raw = self.raw(index);
-        if raw.owner && !tag.is_private() {
+        if self.owner(index) && !tag.is_private() {
             return Ok([0; LINE_BYTES]);
         }
+        let mut raw = self.raw(index);
         if tag.is_private() && !self.accepts(index, &raw, tag) {
             raw.poisoned = true;
             self.raw_set(index, &raw);
@@ -220,6 +220,13 @@ impl Locked<'_> {
                     .mac(self.address(index), self.mem.owns(tag), ciphertext)
             }
             Integrity::Logical | Integrity::None => 0,
+        }
+    }
+
+    fn owner(&self, index: usize) -> bool {
+        match self.line(index) {
+            Line::Cipher { owner, .. } | Line::Poisoned { owner, .. } => owner,
+            Line::Plain(writer) => self.mem.owns(writer),
         }
     }
 

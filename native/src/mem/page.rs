@@ -95,11 +95,18 @@ pub(super) struct Locked<'m> {
 impl<'m> Locked<'m> {
     #[inline]
     pub fn new(mem: &'m Memory, page: Page<'m>, agent: Agent<'m>) -> Locked<'m> {
-        let free = page.word.load(Ordering::Relaxed) & !LOCK;
-        let taken =
-            page.word
-                .compare_exchange(free, free | LOCK, Ordering::Acquire, Ordering::Relaxed);
-        let word = taken.unwrap_or_else(|_| wait_for(page, agent));
+        let word = try_lock(page).unwrap_or_else(|| wait_for(page, agent));
+        Locked::with_word(mem, page, agent, word)
+    }
+
+    /// Takes the lock if that needs no waiting.
+    #[inline]
+    pub fn now(mem: &'m Memory, page: Page<'m>, agent: Agent<'m>) -> Option<Locked<'m>> {
+        Some(Locked::with_word(mem, page, agent, try_lock(page)?))
+    }
+
+    #[inline(always)]
+    fn with_word(mem: &'m Memory, page: Page<'m>, agent: Agent<'m>, word: u64) -> Locked<'m> {
         // Pairs with the fence in `read_unlocked`: who sees data stored from here on also sees LOCK.
         fence(Ordering::Release);
         let lines = match word & MIXED {
@@ -124,6 +131,16 @@ impl<'m> Locked<'m> {
             None => Some(self.tag()),
             Some(_) => None,
         }
+    }
+
+    /// Whether a pointer to this page may be in use.
+    pub fn is_out(&self) -> bool {
+        self.word & (OUT_R | OUT_W) != 0
+    }
+
+    /// Whether its cells may hold something else than zeros.
+    pub fn is_dirty(&self) -> bool {
+        self.word & DIRTY != 0
     }
 
     /// What the word says; holds for a page that is not mixed.
@@ -178,7 +195,7 @@ impl<'m> Locked<'m> {
 
     /// No processor uses a pointer to this page after this, until the lock is gone.
     pub fn take_back(&mut self) {
-        if self.word & (OUT_R | OUT_W) != 0 {
+        if self.is_out() {
             self.mem.shootdown.take_back(self.agent.cpu);
             self.word &= !(OUT_R | OUT_W);
         }
@@ -220,7 +237,7 @@ impl<'m> Locked<'m> {
 
     /// Fills the page with zeros; it must be uniform.
     pub fn zero(&mut self) {
-        let dirty = self.word & DIRTY != 0;
+        let dirty = self.is_dirty();
         self.note_store();
         if dirty {
             // SAFETY: a page is 4096 bytes of cells, 8-byte aligned.
@@ -249,17 +266,24 @@ impl<'m> Locked<'m> {
 impl Drop for Locked<'_> {
     #[inline]
     fn drop(&mut self) {
-        match self.lines.take() {
-            None => self.word &= !MIXED,
-            Some(lines) => {
-                self.word |= MIXED;
-                self.mem.mixed.with(self.page.address, |tables| {
-                    tables.insert(self.page.address, lines)
-                });
-            }
+        self.word &= !MIXED;
+        if let Some(lines) = self.lines.take() {
+            self.word |= MIXED;
+            let page = self.page.address;
+            self.mem
+                .mixed
+                .with(page, |tables| tables.insert(page, lines));
         }
         self.page.word.store(self.word, Ordering::Release);
     }
+}
+
+#[inline(always)]
+fn try_lock(page: Page) -> Option<u64> {
+    let free = page.word.load(Ordering::Relaxed) & !LOCK;
+    page.word
+        .compare_exchange(free, free | LOCK, Ordering::Acquire, Ordering::Relaxed)
+        .ok()
 }
 
 /// Takes the lock when it was not free. The processor counts as not running meanwhile.

@@ -107,7 +107,10 @@ fn raw_out(locked: Locked, offset: usize, into: &mut [u8]) {
     let last = (offset + into.len()).next_multiple_of(LINE_BYTES);
     let mut cells = [0; LINES * LINE_BYTES];
     let cells = &mut cells[..last - first];
-    locked.cells_out(first, cells);
+    // Nobody's memory is touched for a page that was never written to.
+    if locked.is_dirty() {
+        locked.cells_out(first, cells);
+    }
     let (key, address) = (locked.mem.keys.key(tag), locked.page.address + first as u64);
     drop(locked);
     key.encrypt(address, cells);
