@@ -5,13 +5,15 @@ the host exit; CPUID, I/O, HLT, and the MSRs outside the bitmap are emulated.
 """
 
 import errno
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from softtdx.abi import vmcs
 from softtdx.abi.exits import ExitReason
 from softtdx.abi.kvm import KvmExit
 from softtdx.abi.msrs import Msr
 from softtdx.abi.vmcs import AR_LDT, AR_TSS_BUSY, AR_UNUSABLE, EntryControls, ExitControls, PinBased, Primary, Secondary
-from softtdx.abi.vmcs import VmcsField as F
+from softtdx.abi.vmcs_field import VmcsField
 from softtdx.hw import LogicalProcessor
 from softtdx.hw.faults import VmFail
 from softtdx.kvm import emulate
@@ -78,7 +80,7 @@ class VmxVcpu(VcpuOps):
         self.msr_bitmap = memory.alloc(zero=True)
         memory.write(self.msr_bitmap, _msr_bitmap())
         lp = vcpu.vm.host.cpus.lps[0]
-        memory.write(self.vmcs, (lp.rdmsr(0x480) & 0x7FFF_FFFF).to_bytes(4, "little"))
+        memory.write(self.vmcs, (lp.rdmsr(Msr.VMX_BASIC) & 0x7FFF_FFFF).to_bytes(4, "little"))
         self.gprs = [0] * 16
         self.rip, self.rflags = 0xFFF0, 2
         self.sregs = Sregs()
@@ -115,8 +117,8 @@ class VmxVcpu(VcpuOps):
         """VMCLEAR on the processor that has the VMCS."""
         if self._cpu is None:
             return
-        vmcs = self.vmcs
-        self.vcpu.vm.host.cpus.call_on(self._cpu, lambda lp: lp.core.vmclear(vmcs))
+        region = self.vmcs
+        self.vcpu.vm.host.cpus.call_on(self._cpu, lambda lp: lp.core.vmclear(region))
         self._cpu, self._launched = None, False
 
     def free(self) -> None:
@@ -134,9 +136,9 @@ class VmxVcpu(VcpuOps):
             self._write_guest_state(lp)
             self._set_up = True
         if self._dirty:
-            core.vmwrite(F.GUEST_RIP, self.rip)
-            core.vmwrite(F.GUEST_RSP, self.gprs[_RSP])
-            core.vmwrite(F.GUEST_RFLAGS, self.rflags)
+            core.vmwrite(vmcs.GUEST_RIP, self.rip)
+            core.vmwrite(vmcs.GUEST_RSP, self.gprs[_RSP])
+            core.vmwrite(vmcs.GUEST_RFLAGS, self.rflags)
             self._dirty = False
         core.set_gprs(tuple(self.gprs))
         try:
@@ -145,8 +147,8 @@ class VmxVcpu(VcpuOps):
             raise KvmError(errno.EIO, f"VM entry failed: VM-instruction error {fail.error}") from fail
         self._launched = True
         self.gprs = list(core.gprs())
-        self.rip, self.gprs[_RSP] = core.vmread(F.GUEST_RIP), core.vmread(F.GUEST_RSP)
-        self.rflags = core.vmread(F.GUEST_RFLAGS)
+        self.rip, self.gprs[_RSP] = core.vmread(vmcs.GUEST_RIP), core.vmread(vmcs.GUEST_RSP)
+        self.rflags = core.vmread(vmcs.GUEST_RFLAGS)
 
     def handle_exit(self, lp: LogicalProcessor) -> bool:
         """Answer a VM exit; False to go to user space."""
@@ -163,11 +165,11 @@ class VmxVcpu(VcpuOps):
 
     def _skip(self, lp: LogicalProcessor) -> None:
         core = lp.core
-        self.rip = self.rip + core.vmread(F.EXIT_INSTRUCTION_LENGTH) & _U64
-        core.vmwrite(F.GUEST_RIP, self.rip)
-        blocked = core.vmread(F.GUEST_INTERRUPTIBILITY)
+        self.rip = self.rip + core.vmread(vmcs.EXIT_INSTRUCTION_LENGTH) & _U64
+        core.vmwrite(vmcs.GUEST_RIP, self.rip)
+        blocked = core.vmread(vmcs.GUEST_INTERRUPTIBILITY)
         if blocked & _BLOCKED_BY_STI_OR_MOV_SS:
-            core.vmwrite(F.GUEST_INTERRUPTIBILITY, blocked & ~_BLOCKED_BY_STI_OR_MOV_SS)
+            core.vmwrite(vmcs.GUEST_INTERRUPTIBILITY, blocked & ~_BLOCKED_BY_STI_OR_MOV_SS)
 
     # --- exits
     def _interrupted(self, lp: LogicalProcessor) -> bool:
@@ -200,7 +202,7 @@ class VmxVcpu(VcpuOps):
 
     def _rdmsr(self, lp: LogicalProcessor) -> bool:
         index = self.gprs[_RCX] & _U32
-        value = lp.core.vmread(F.GUEST_EFER) if index == Msr.EFER else emulate.read_msr(self.vcpu, index)
+        value = lp.core.vmread(vmcs.GUEST_IA32_EFER) if index == Msr.EFER else emulate.read_msr(self.vcpu, index)
         if value is None:
             return self._unknown_msr(lp, MsrExit(False, index))
         self.gprs[_RAX], self.gprs[_RDX] = value & _U32, value >> 32
@@ -210,8 +212,8 @@ class VmxVcpu(VcpuOps):
     def _wrmsr(self, lp: LogicalProcessor) -> bool:
         index, value = self.gprs[_RCX] & _U32, (self.gprs[_RDX] & _U32) << 32 | self.gprs[_RAX] & _U32
         if index == Msr.EFER:
-            lma = lp.core.vmread(F.GUEST_EFER) & _EFER_LMA
-            lp.core.vmwrite(F.GUEST_EFER, value & ~_EFER_LMA | lma)
+            lma = lp.core.vmread(vmcs.GUEST_IA32_EFER) & _EFER_LMA
+            lp.core.vmwrite(vmcs.GUEST_IA32_EFER, value & ~_EFER_LMA | lma)
         elif not emulate.write_msr(self.vcpu, index, value):
             return self._unknown_msr(lp, MsrExit(True, index, value))
         self._skip(lp)
@@ -221,12 +223,12 @@ class VmxVcpu(VcpuOps):
         """#GP(0), as the kernel does for an MSR that nobody has."""
         del access
         core = lp.core
-        core.vmwrite(F.ENTRY_INTERRUPTION_INFO, 1 << 31 | 1 << 11 | 3 << 8 | 13)
-        core.vmwrite(F.ENTRY_EXCEPTION_ERROR_CODE, 0)
+        core.vmwrite(vmcs.ENTRY_INTERRUPTION_INFO, 1 << 31 | 1 << 11 | 3 << 8 | 13)
+        core.vmwrite(vmcs.ENTRY_EXCEPTION_ERROR_CODE, 0)
         return True
 
     def _io(self, lp: LogicalProcessor) -> bool:
-        qualification = lp.core.vmread(F.EXIT_QUALIFICATION)
+        qualification = lp.core.vmread(vmcs.EXIT_QUALIFICATION)
         size, port = (qualification & 7) + 1, qualification >> 16 & 0xFFFF
         write, string, rep = not qualification & 8, qualification & 0x10, qualification & 0x20
         mask = (1 << 8 * size) - 1
@@ -247,7 +249,7 @@ class VmxVcpu(VcpuOps):
 
             return self.vcpu.exit_to_user(KvmExit.IO, complete)
 
-        cr3 = lp.core.vmread(F.GUEST_CR3)
+        cr3 = lp.core.vmread(vmcs.GUEST_CR3)
         index = _RSI if write else _RDI
         step = -size if self.rflags & _DIRECTION else size
         last = not rep or self.gprs[_RCX] == 1
@@ -265,7 +267,7 @@ class VmxVcpu(VcpuOps):
 
     def _load_guest(self, lp: LogicalProcessor, address: int, size: int) -> int:
         vm = self.vcpu.vm
-        cr3 = lp.core.vmread(F.GUEST_CR3)
+        cr3 = lp.core.vmread(vmcs.GUEST_CR3)
         data = b""
         for i in range(size):
             gpa = walk_guest(vm, cr3, address + i)
@@ -284,7 +286,7 @@ class VmxVcpu(VcpuOps):
         return slot.hva(gpa)
 
     def _ept_violation(self, lp: LogicalProcessor) -> bool:
-        gpa = lp.core.vmread(F.GUEST_PHYSICAL_ADDRESS)
+        gpa = lp.core.vmread(vmcs.GUEST_PHYSICAL_ADDRESS)
         fault = shared_fault(self.vcpu, gpa)
         if fault is Fault.NO_MEMORY:
             self.vcpu.kvm_run.detail = f"access to GPA {gpa:#x}, where there is no memory, at RIP {self.rip:#x}"
@@ -318,22 +320,22 @@ class VmxVcpu(VcpuOps):
             | ExitControls.ACK_INTERRUPT
         )
         fields = {
-            F.PIN_BASED_CONTROLS: _allowed(lp, 0x48D, pin),
-            F.PRIMARY_CONTROLS: _allowed(lp, 0x48E, primary),
-            F.SECONDARY_CONTROLS: secondary,
-            F.EXIT_CONTROLS: _allowed(lp, 0x48F, exit_controls),
-            F.ENTRY_CONTROLS: _allowed(lp, 0x490, EntryControls.LOAD_EFER),
-            F.MSR_BITMAP: self.msr_bitmap,
-            F.EPTP: vm.ept.eptp,
-            F.VMCS_LINK_POINTER: _U64,
-            F.EXCEPTION_BITMAP: 0,
-            F.CR0_MASK: 0,
-            F.CR4_MASK: _CR4_VMXE,
-            F.HOST_CR0: 0x8005_0033,
-            F.HOST_CR4: 0x0035_26F0,
-            F.HOST_EFER: 0xD01,
-            F.HOST_CS_SELECTOR: 0x10,
-            F.HOST_TR_SELECTOR: 0x40,
+            vmcs.PIN_BASED_CONTROLS: _allowed(lp, Msr.VMX_TRUE_PINBASED_CTLS, pin),
+            vmcs.PROCESSOR_CONTROLS: _allowed(lp, Msr.VMX_TRUE_PROCBASED_CTLS, primary),
+            vmcs.SECONDARY_CONTROLS: secondary,
+            vmcs.EXIT_CONTROLS: _allowed(lp, Msr.VMX_TRUE_EXIT_CTLS, exit_controls),
+            vmcs.ENTRY_CONTROLS: _allowed(lp, Msr.VMX_TRUE_ENTRY_CTLS, EntryControls.LOAD_EFER),
+            vmcs.MSR_BITMAPS: self.msr_bitmap,
+            vmcs.EPTP: vm.ept.eptp,
+            vmcs.VMCS_LINK_POINTER: _U64,
+            vmcs.EXCEPTION_BITMAP: 0,
+            vmcs.CR0_MASK: 0,
+            vmcs.CR4_MASK: _CR4_VMXE,
+            vmcs.HOST_CR0: 0x8005_0033,
+            vmcs.HOST_CR4: 0x0035_26F0,
+            vmcs.HOST_IA32_EFER: 0xD01,
+            vmcs.HOST_CS_SELECTOR: 0x10,
+            vmcs.HOST_TR_SELECTOR: 0x40,
         }
         for field, value in fields.items():
             lp.core.vmwrite(field, int(value))
@@ -347,18 +349,18 @@ class VmxVcpu(VcpuOps):
         )
         self._write_segment(lp, "TR", s.tr if s.tr.access != AR_UNUSABLE else Segment(0, 0, 0xFFFF, AR_TSS_BUSY))
         fields = {
-            F.GUEST_GDTR_BASE: s.gdt_base,
-            F.GUEST_GDTR_LIMIT: s.gdt_limit,
-            F.GUEST_IDTR_BASE: s.idt_base,
-            F.GUEST_IDTR_LIMIT: s.idt_limit,
-            F.GUEST_CR0: s.cr0,
-            F.GUEST_CR3: s.cr3,
-            F.GUEST_CR4: s.cr4 | _CR4_VMXE,
-            F.CR4_READ_SHADOW: s.cr4,
-            F.GUEST_EFER: s.efer,
-            F.GUEST_DR7: 0x400,
-            F.GUEST_INTERRUPTIBILITY: 0,
-            F.GUEST_ACTIVITY_STATE: 0,
+            vmcs.GUEST_GDTR_BASE: s.gdt_base,
+            vmcs.GUEST_GDTR_LIMIT: s.gdt_limit,
+            vmcs.GUEST_IDTR_BASE: s.idt_base,
+            vmcs.GUEST_IDTR_LIMIT: s.idt_limit,
+            vmcs.GUEST_CR0: s.cr0,
+            vmcs.GUEST_CR3: s.cr3,
+            vmcs.GUEST_CR4: s.cr4 | _CR4_VMXE,
+            vmcs.CR4_READ_SHADOW: s.cr4,
+            vmcs.GUEST_IA32_EFER: s.efer,
+            vmcs.GUEST_DR7: 0x400,
+            vmcs.GUEST_INTERRUPTIBILITY: 0,
+            vmcs.GUEST_ACTIVITY_STATE: 0,
         }
         for field, value in fields.items():
             core.vmwrite(field, value)
@@ -370,7 +372,7 @@ class VmxVcpu(VcpuOps):
             ("LIMIT", segment.limit),
             ("ACCESS_RIGHTS", segment.access),
         ):
-            lp.core.vmwrite(F[f"GUEST_{name}_{part}"], value)
+            lp.core.vmwrite(VmcsField[f"GUEST_{name}_{part}"].value, value)
 
 
 def _allowed(lp: LogicalProcessor, msr: int, wanted: int) -> int:
@@ -395,7 +397,7 @@ def _msr_bitmap() -> bytes:
 
 _NAMES = {int(reason): reason.name for reason in ExitReason}
 
-_HANDLERS = {
+_HANDLERS: dict[int, Callable[[VmxVcpu, LogicalProcessor], bool]] = {
     ExitReason.EXCEPTION_OR_NMI: VmxVcpu._interrupted,
     ExitReason.EXTERNAL_INTERRUPT: VmxVcpu._interrupted,
     ExitReason.TRIPLE_FAULT: VmxVcpu._triple_fault,
