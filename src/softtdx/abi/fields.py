@@ -42,7 +42,6 @@ FIELD_ID_RESERVED: Final = 0xFF << 24 | 7 << 47 | 1 << 55 | 1 << 62
 FIELD_CODE_MASK: Final = 0xFF_FFFF
 NULL_FIELD_ID: Final = (1 << 64) - 1
 CONTEXT_MASK: Final = 7 << 52
-CPUID_SUBLEAF_NA: Final = 0xFFFF_FFFF
 
 # Class codes that need special treatment.
 TDCS_CPUID_CLASS: Final = 20

@@ -44,6 +44,7 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> Iterator[st
 
 
 def _leaves() -> Iterator[str]:
+    yield f"Nearly every module leaf may return {', '.join(leaves.COMMON_STATUSES)}; a leaf names the others.\n"
     sides = (
         ("TDH.", "Host side: SEAMCALL"),
         ("TDG.", "Guest side: TDCALL"),
@@ -65,7 +66,7 @@ def _leaf(info: leaves.LeafInfo) -> Iterator[str]:
     if registers:
         yield from _table(("", "register", "meaning"), registers)
     if info.statuses:
-        yield f"Statuses of its own: {', '.join(info.statuses)}.\n"
+        yield f"Statuses: {', '.join(info.statuses)}.\n"
 
 
 def _statuses() -> Iterator[str]:

@@ -88,6 +88,11 @@ class Cert:
         """The subject's common name, for messages."""
         return _common_name(self.subject_name)
 
+    @property
+    def issuer_common_name(self) -> str:
+        """The issuer's common name."""
+        return _common_name(self.issuer_name)
+
     def check_date(self, now: int) -> None:
         """Refuse one that is not in force at `now` (Unix seconds)."""
         if now < self.not_before.timestamp():
@@ -112,7 +117,7 @@ class Cert:
     def check_issued_by(self, issuer: Cert) -> None:
         """Refuse one whose issuer is another, or whose signature is not the issuer's."""
         if self.issuer_name != issuer.subject_name:
-            raise ChainError(f"{self.name} is issued by {_common_name(self.issuer_name)}, not by {issuer.name}")
+            raise ChainError(f"{self.name} is issued by {self.issuer_common_name}, not by {issuer.name}")
         if not issuer.signed(self.x509.signature, self.x509.tbs_certificate_bytes):
             raise ChainError(f"{self.name}: the signature is not {issuer.name}'s")
 

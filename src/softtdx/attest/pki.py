@@ -31,7 +31,7 @@ from softtdx.attest.tcb import (
 )
 from softtdx.attest.x509 import CertSpec, Issuer
 
-__all__ = ["EXPIRABLE", "KEY_NAMES", "REVOCABLE", "Pki", "PkiOptions"]
+__all__ = ["EXPIRABLE", "KEY_NAMES", "REVOCABLE", "Pki", "PkiOptions", "PlatformIds"]
 
 KEY_NAMES = ("root", "platform", "processor", "tcb", "pck", "attestation")
 REVOCABLE = ("pck", "platform", "processor", "tcb")
@@ -207,6 +207,11 @@ class Pki:
     def root_der(self) -> bytes:
         """The root certificate in DER: what a verifier is told to trust."""
         return profile.der(self.root)
+
+    @cached_property
+    def root_pem(self) -> str:
+        """The root certificate in PEM."""
+        return profile.pem(self.root)
 
     @cached_property
     def pck_chain(self) -> str:

@@ -8,6 +8,7 @@ arch/x86/kvm/vmx/tdx.c, tdx_sept_*.)
 import errno
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 from softtdx.abi import sept
 from softtdx.abi.leaves import SeamcallLeaf as Leaf
@@ -128,14 +129,15 @@ class SecureEpt:
             for base in {start & ~(sept.level_size(1) - 1), (end - 1) & ~(sept.level_size(1) - 1)}:
                 if base in self._leaves[1] and not (start <= base and base + sept.level_size(1) <= end):
                     self._demote(lp, base)
-        doomed = [(gpa, m) for gpa, m in self._in_range(start, end)]
+        doomed = list(self._in_range(start, end))
         if not doomed:
             return
+        tdr = self._tdr
         for gpa, mapping in doomed:
-            self._retry(lambda g=gpa, m=mapping: sc.mem_range_block(lp, self._tdr, g, m.level), Leaf.MEM_RANGE_BLOCK)
+            self._retry(partial(sc.mem_range_block, lp, tdr, gpa, mapping.level), Leaf.MEM_RANGE_BLOCK)
         self.track(lp)
         for gpa, mapping in doomed:
-            self._retry(lambda g=gpa, m=mapping: sc.mem_page_remove(lp, self._tdr, g, m.level), Leaf.MEM_PAGE_REMOVE)
+            self._retry(partial(sc.mem_page_remove, lp, tdr, gpa, mapping.level), Leaf.MEM_PAGE_REMOVE)
             del self._leaves[mapping.level][gpa]
             self._memory.take_from_tdx(mapping.hpa, 1 << 9 * mapping.level)
             self._memory.zero(mapping.hpa, 1 << 9 * mapping.level)
@@ -188,8 +190,7 @@ class SecureEpt:
         """After the HKID is gone: reclaim every page. One that the module keeps is leaked, and listed as such."""
         for leaves in self._leaves:
             for mapping in leaves.values():
-                if self._reclaim(lp, mapping.hpa, 1 << 9 * mapping.level):
-                    continue
+                self._reclaim(lp, mapping.hpa, 1 << 9 * mapping.level)
             leaves.clear()
         for page in self._tables.values():
             if self._reclaim(lp, page):

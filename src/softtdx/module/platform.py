@@ -10,7 +10,6 @@ from typing import Final
 from softtdx.abi import cpuid as abi_cpuid
 from softtdx.abi.cpuid import CpuidRow
 from softtdx.abi.status import Operand, Status
-from softtdx.hw.description import CpuidValues
 from softtdx.hw.isa import SeamCpu
 from softtdx.hw.registers import Registers
 
@@ -21,6 +20,9 @@ from .state import MAX_HKIDS, GlobalState, SysInfo
 __all__ = ["PlatformConfig", "compare", "sample"]
 
 U32: Final = 0xFFFF_FFFF
+
+CpuidValues = tuple[int, int, int, int]
+"""EAX, EBX, ECX, EDX."""
 
 # --- MSRs
 IA32_TSC_ADJUST: Final = 0x3B

@@ -76,7 +76,7 @@ class SysInfo:
         if len(table) < 4096:
             raise ValueError(f"SYS_INFO_TABLE has {len(table)} bytes, must have 4096")
         lps, packages = struct.unpack_from("<II", table, 8)
-        module_hv, min_update_hv, no_downgrade, _, pages = struct.unpack_from("<HHBBH", table, 2048 + 88)
+        module_hv, min_update_hv, no_downgrade, _, pages = struct.unpack_from("<HHBBH", table, 2048 + 104)
         return cls(
             lps=lps,
             packages=packages,

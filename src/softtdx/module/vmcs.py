@@ -6,7 +6,7 @@ The numbers are those of `abi.vmcs` and `abi.exits`; this file only gives them s
 from typing import Final
 
 from softtdx.abi.vmcs import EntryControls, ExitControls, PinBased, Primary, Secondary, Tertiary
-from softtdx.abi.vmcs import VmcsField as Field
+from softtdx.abi.vmcs_field import VmcsField as Field
 
 # --- what a VM exit leaves
 EXIT_QUALIFICATION: Final = int(Field.EXIT_QUALIFICATION)
@@ -27,20 +27,20 @@ RFLAGS: Final = int(Field.GUEST_RFLAGS)
 CR0: Final = int(Field.GUEST_CR0)
 CR4: Final = int(Field.GUEST_CR4)
 DR7: Final = int(Field.GUEST_DR7)
-EFER: Final = int(Field.GUEST_EFER)
-DEBUGCTL: Final = int(Field.GUEST_DEBUGCTL)
-PENDING_DEBUG: Final = int(Field.GUEST_PENDING_DEBUG)
+EFER: Final = int(Field.GUEST_IA32_EFER)
+DEBUGCTL: Final = int(Field.GUEST_IA32_DEBUGCTL)
+PENDING_DEBUG: Final = int(Field.GUEST_PENDING_DEBUG_EXCEPTIONS)
 INTERRUPTIBILITY: Final = int(Field.GUEST_INTERRUPTIBILITY)
 INTERRUPT_STATUS: Final = int(Field.GUEST_INTERRUPT_STATUS)
 CS_ACCESS_RIGHTS: Final = int(Field.GUEST_CS_ACCESS_RIGHTS)
 SS_ACCESS_RIGHTS: Final = int(Field.GUEST_SS_ACCESS_RIGHTS)
-PERF_GLOBAL_CTRL: Final = int(Field.GUEST_PERF_GLOBAL_CTRL)
+PERF_GLOBAL_CTRL: Final = int(Field.GUEST_IA32_PERF_GLOBAL_CTRL)
 
 # --- controls
-PRIMARY_CONTROLS: Final = int(Field.PRIMARY_CONTROLS)
+PRIMARY_CONTROLS: Final = int(Field.PROCESSOR_CONTROLS)
 EXCEPTION_BITMAP: Final = int(Field.EXCEPTION_BITMAP)
-PAGE_FAULT_MASK: Final = int(Field.PAGE_FAULT_MASK)
-PAGE_FAULT_MATCH: Final = int(Field.PAGE_FAULT_MATCH)
+PAGE_FAULT_MASK: Final = int(Field.PAGE_FAULT_ERROR_MASK)
+PAGE_FAULT_MATCH: Final = int(Field.PAGE_FAULT_ERROR_MATCH)
 CR4_READ_SHADOW: Final = int(Field.CR4_READ_SHADOW)
 EPTP_INDEX: Final = int(Field.EPTP_INDEX)
 SHARED_EPTP: Final = int(Field.SHARED_EPTP)
