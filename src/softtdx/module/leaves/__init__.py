@@ -7,6 +7,7 @@ from . import (  # noqa: F401
     mem_sept,
     mem_size,
     mng,
+    mng_init,
     mr,
     phymem,
     phymem_pamt,
