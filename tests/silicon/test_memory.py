@@ -52,11 +52,11 @@ def pa(keyid: int, address: int) -> int:
 @pytest.mark.parametrize("integrity", INTEGRITIES)
 def test_what_a_td_writes_it_reads_and_the_raw_dram_never_holds(integrity: str) -> None:
     memory = new_memory(integrity)
-    memory.write(pa(TD, BASE + 10), SECRET * 100, seam=True)
-    assert memory.read(pa(TD, BASE + 10), 6400, seam=True) == SECRET * 100
+    memory.write(pa(TD, BASE), SECRET * 100, seam=True)
+    assert memory.read(pa(TD, BASE), 6400, seam=True) == SECRET * 100
     dump = memory.raw_read(BASE, 8192)
     assert all(SECRET[at : at + 8] not in dump for at in range(57))
-    assert memory.read(pa(TD, BASE + 10), 6400, seam=True) == SECRET * 100
+    assert memory.read(pa(TD, BASE + 10), 6390, seam=True) == (SECRET * 100)[10:]
 
 
 @pytest.mark.parametrize("integrity", ["crypto", "logical"])
@@ -75,6 +75,13 @@ def test_without_integrity_a_wrong_key_reads_garbage_and_harms_nothing() -> None
     assert len(views) == 3
     assert not views & {SECRET, bytes(64), memory.raw_read(BASE, 64)}
     assert memory.read(pa(TD, BASE), 64, seam=True) == SECRET
+
+
+def test_a_td_may_not_write_part_of_a_line_that_it_does_not_own() -> None:
+    memory = new_memory()
+    with pytest.raises(MachineCheck):
+        memory.write(pa(TD, BASE + 8), SECRET, seam=True)
+    assert memory.raw_line(BASE)[3]
 
 
 def test_another_td_gets_a_machine_check_and_then_so_does_the_owner() -> None:
