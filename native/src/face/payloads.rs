@@ -8,6 +8,7 @@ const PAYLOADS: &[(&str, &[u8])] = &[
         "launcher",
         include_bytes!(concat!(env!("OUT_DIR"), "/launcher")),
     ),
+    ("pyguest", include_bytes!(concat!(env!("OUT_DIR"), "/pyguest"))),
     ("demo", include_bytes!(concat!(env!("OUT_DIR"), "/demo"))),
 ];
 
