@@ -219,8 +219,8 @@ class TrustedRoot:
             raise ChainError(f"the chain has {len(found)} certificates; at most {MAX_CHAIN} are looked at")
         certs = [Cert(found[0]), *(self._authorities.get(data) or Cert(data) for data in found[1:])]
         path = certs[:-1] if len(certs) > 1 and certs[-1] is self.cert else certs
-        if path[-1].subject_name == self.cert.subject_name:
-            raise ChainError(f"the chain ends in another {path[-1].name} than the trusted one")
+        if path[-1].subject_name == path[-1].issuer_name:
+            raise ChainError(f"the chain ends in another root than the one that is trusted ({path[-1].name})")
         for index, cert in enumerate(path):
             issuer = path[index + 1] if index + 1 < len(path) else self.cert
             cert.check_role(index - 1)
