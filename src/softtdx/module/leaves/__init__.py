@@ -13,4 +13,5 @@ from . import (  # noqa: F401
     phymem_pamt,
     sys,
     sys_config,
+    vp,
 )
