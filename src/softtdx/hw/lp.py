@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from softtdx._silicon import Core
 from softtdx.abi.msrs import Msr
 from softtdx.hw.description import CpuidValues
-from softtdx.hw.faults import GeneralProtection, MachineCheck, UndefinedOpcode, VmFail
+from softtdx.hw.faults import GeneralProtection, MachineCheck, SeamShutdown, UndefinedOpcode, VmFail
 from softtdx.hw.isa import SeamCpu
 from softtdx.hw.registers import Registers
 
@@ -22,6 +22,7 @@ GuestEngine = Callable[[Core, bool], int]
 _ESCAPE = 0x10000  # Core.vmenter: the guest executed the escape instruction of hook n = low 16 bits
 _P_SEAMLDR = 1 << 63
 _LEAF_MASK = 0xFFFF
+_VMCS_REVISION = 0x7FFF_FFFF  # of IA32_VMX_BASIC
 
 _LOCKED_BY_FIRMWARE = (Msr.MKTME_KEYID_PARTITIONING, Msr.TME_ACTIVATE, Msr.SEAMRR_PHYS_BASE, Msr.SEAMRR_PHYS_MASK)
 
@@ -52,6 +53,11 @@ class LogicalProcessor:
         self.mode = Mode.VMX_ROOT
         self.core = Core(platform.memory, self.apic_id)
         self.core.configure(tsc_hz=d.tsc_hz, tsc_real=d.tsc_real)
+        if Msr.VMX_BASIC in d.msrs:
+            self.core.configure(vmcs_revision=d.msrs[Msr.VMX_BASIC] & _VMCS_REVISION)
+        for msr, value in d.msrs.items():  # a guest reads some of them without a VM exit
+            if self.core.rdmsr(msr) is None:
+                self.core.wrmsr(msr, value)
         self.interrupt_pending = False
         self.guest_engine: GuestEngine | None = None
         self._seam_cpu = SeamCpu(self)
@@ -90,6 +96,9 @@ class LogicalProcessor:
         except MachineCheck:
             seam.unbreakable_shutdown(to_loader=bool(to_loader))
             raise
+        except SeamShutdown as shutdown:
+            seam.unbreakable_shutdown(to_loader=bool(to_loader))
+            raise VmFail(f"SEAMCALL: the SEAM software shut down: {shutdown}") from shutdown
         finally:
             core.seam = False
             self.mode = Mode.VMX_ROOT
