@@ -6,6 +6,7 @@ from . import (  # noqa: F401
     mem_rw,
     mem_sept,
     mem_size,
+    metadata,
     mng,
     mng_init,
     mr,

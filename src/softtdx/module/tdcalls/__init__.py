@@ -1,3 +1,3 @@
 """Guest-side leaf functions, TDG.*: importing this package registers them all."""
 
-from . import mem, mr, vp  # noqa: F401
+from . import mem, metadata, mr, vp  # noqa: F401
