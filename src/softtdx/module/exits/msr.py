@@ -1,44 +1,35 @@
 """RDMSR and WRMSR: emulated, refused or given to the #VE handler, as the module's MSR table says.
 
 An MSR whose bit in the MSR bitmaps is clear does not come here: the processor does the access. Which bits those are
-depends on the TD's features (`build_bitmaps`). A few MSRs have code of their own; the others follow their row (TDX
-Module ABI, "MSR Virtualization").
+depends on the TD's features (`virtual_msrs.write_bitmaps`). A few MSRs have code of their own; the others follow their
+row (TDX Module ABI, "MSR Virtualization").
 """
 
 from collections.abc import Callable
-from functools import cache
 from typing import Final
 
 from softtdx.abi.exits import PENDING_DEBUG_BS, VeCategory
-from softtdx.abi.msrs import Msr, MsrPolicy, bitmap_bit, in_bitmap, policies
+from softtdx.abi.msrs import Msr, in_bitmap, policy
 from softtdx.hw.faults import GeneralProtection
 
 from .. import tdcs, tdvps, vmcs
 from ..atomics import add64
 from ..fatal import ModuleFatal
 from ..features import (
-    ATTR_PERFMON,
-    ATTR_PKS,
-    CPUID_FLAGS_SIZE,
     CTL_ENUM_TOPOLOGY,
     CTL_REDUCE_VE,
-    XFAM_CET,
-    XFAM_LBR,
     XFAM_PT,
-    XFAM_ULI,
     CpuidFlag,
 )
-from ..platform import PlatformConfig
 from ..td import Td
 from ..transitions.guest import Guest
 from .cpuid import x2apic_id
 
-__all__ = ["build_bitmaps", "rdmsr", "wrmsr"]
+__all__ = ["rdmsr", "wrmsr"]
 
 RAX, RCX, RDX = 0, 1, 2
 U32: Final = 0xFFFF_FFFF
 GP: Final = -1  # instead of a #VE category
-BITMAP_BYTES: Final = 4096
 
 PERFEVTSEL: Final = range(Msr.PERFEVTSEL0, Msr.PERFEVTSEL0 + 8)
 VMX_MSRS: Final = range(Msr.VMX_BASIC, Msr.VMX_PROCBASED_CTLS3 + 1)
@@ -95,67 +86,6 @@ _BY_FLAG: Final = {
     "GP_OR_VE_BY_CORE_CAPABILITIES": (CpuidFlag.NOT_CORE_CAPABILITIES, 0),
 }
 _BY_REDUCED_VE: Final = frozenset({"GP_OR_VE_BY_REDUCED_VE", "GP_OR_VE", "OTHER"})
-
-
-# --- the bitmaps
-def build_bitmaps(td: Td, platform: PlatformConfig) -> bytes:
-    """The MSR bitmaps page of a TD: a bit set makes the access exit (SDM 25.6.9)."""
-    features = _Features(td, platform)
-    page = bytearray(b"\xff" * BITMAP_BYTES)
-    for row in policies():
-        for write, meaning in ((False, row.rd_bitmap), (True, row.wr_bitmap)):
-            if meaning == "FIXED_1" or not (meaning == "FIXED_0" or features.native(meaning, row.first)):
-                continue
-            for msr in range(row.first, row.last + 1):
-                bit = bitmap_bit(msr, write=write)
-                if bit is not None:
-                    page[bit >> 3] &= ~(1 << (bit & 7))
-    return bytes(page)
-
-
-class _Features:
-    """What decides on the dynamic bits of the MSR bitmaps."""
-
-    def __init__(self, td: Td, platform: PlatformConfig) -> None:
-        self.attributes = td.rd64(tdcs.ATTRIBUTES)
-        self.xfam = td.rd64(tdcs.XFAM)
-        self.flags = td.read(tdcs.CPUID_FLAGS, CPUID_FLAGS_SIZE)
-        self.filters = td.rd16(tdcs.EVENT_FILTERS_NUM)
-        self.perfmon = bool(self.attributes & ATTR_PERFMON)
-        self.metrics = bool(platform.msrs[Msr.PERF_CAPABILITIES] & PERF_CAP_METRICS)
-
-    def native(self, meaning: str, msr: int) -> bool:
-        """Whether a dynamic bit is clear for this TD."""
-        xfam = self.xfam
-        match meaning:
-            case "DYN_PERFMON":
-                return self.perfmon
-            case "DYN_XFAM_CET":
-                return xfam & XFAM_CET == XFAM_CET
-            case "DYN_XFAM_PT":
-                return bool(xfam & XFAM_PT)
-            case "DYN_XFAM_ULI":
-                return bool(xfam & XFAM_ULI)
-            case "DYN_XFAM_LBR":
-                return bool(xfam & XFAM_LBR)
-            case "DYN_UMWAIT":
-                return bool(self.flags[CpuidFlag.WAITPKG])
-            case "DYN_PKS":
-                return bool(self.attributes & ATTR_PKS)
-            case "DYN_XFD":
-                return bool(self.flags[CpuidFlag.XFD])
-            case "DYN_TSX":
-                return bool(self.flags[CpuidFlag.TSX])
-            case "DYN_OTHER":
-                return self._other(msr)
-        raise ModuleFatal(f"the MSR table names an unknown bitmap meaning {meaning!r} for MSR {msr:#x}")
-
-    def _other(self, msr: int) -> bool:
-        if msr == Msr.PERF_CAPABILITIES:
-            return self.perfmon and bool(self.xfam & XFAM_PT)
-        if msr == Msr.PERF_METRICS:
-            return self.perfmon and self.metrics
-        return self.perfmon and not self.filters  # IA32_PERFEVTSELx
 
 
 # --- the exits
@@ -225,12 +155,10 @@ def _reduced_or_gp(guest: Guest) -> int:
 
 
 def _by_table(guest: Guest, msr: int, *, write: bool) -> int:
-    row = _rows().get(msr)
+    row = policy(msr)
     if row is None:
         return _reduced_or_gp(guest)
-    meaning, action = (row.wr_bitmap, row.wr_action) if write else (row.rd_bitmap, row.rd_action)
-    if meaning == "FIXED_0" or (meaning != "FIXED_1" and _Features(guest.td, guest.platform).native(meaning, msr)):
-        raise ModuleFatal(f"an access to MSR {msr:#x} exited although its bitmap bit is clear")
+    action = row.wr_action if write else row.rd_action
     if action == "VE":
         return _VE_OUT_OF_RANGE
     if action == "GP":
@@ -239,12 +167,6 @@ def _by_table(guest: Guest, msr: int, *, write: bool) -> int:
         return _reduced_or_gp(guest)
     flag, wanted = _BY_FLAG[action]
     return _VE if guest.flag(flag) == wanted else GP
-
-
-@cache
-def _rows() -> dict[int, MsrPolicy]:
-    """Every MSR that the table names, by number."""
-    return {msr: row for row in policies() for msr in range(row.first, row.last + 1)}
 
 
 # --- performance events

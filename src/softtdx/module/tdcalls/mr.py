@@ -12,7 +12,7 @@ from ..errors import LeafError
 from ..locks import EXCLUSIVE, SHARED
 from ..registry import tdcall
 from ..td import LockId, Td
-from ..transitions.guest import Guest, Resume, TdExit
+from ..transitions.guest import NO_REASON, Guest, Resume, TdExit
 from .memory import guest_pa
 
 __all__ = ["tdinfo"]
@@ -81,7 +81,7 @@ def mr_report(guest: Guest) -> None:
     report_type = bytes((REPORT_TYPE, REPORT_SUBTYPE, version, 0))
     status, made = cpu.seamops_report(report_type, cpu.read(data_pa, REPORT_DATA_SIZE), digest, reference)
     if status is not SeamOpsStatus.SUCCESS:
-        raise TdExit(Status.NON_RECOVERABLE_TD_CORRUPTED_MD, 0)
+        raise TdExit(Status.NON_RECOVERABLE_TD_CORRUPTED_MD, NO_REASON)
     report_pa = guest_pa(guest, regs.rcx, Operand.RCX, write=True, private=False)
     cpu.write(report_pa, made.ljust(TDINFO_AT, b"\0") + info)
 

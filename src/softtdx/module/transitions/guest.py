@@ -35,7 +35,7 @@ from ..features import ATTR_DEBUG, ATTR_PERFMON, CONFIG_NO_RBP_MOD, CPUID_FLAGS_
 from ..td import Td
 from .vcpu import Vcpu
 
-__all__ = ["Guest", "Resume", "TdExit", "Vmcall"]
+__all__ = ["NO_REASON", "Guest", "Resume", "TdExit", "Vmcall"]
 
 _EXCEPTION: Final = INFO_VALID | INFO_TYPE_HARDWARE_EXCEPTION
 _VE: Final = _EXCEPTION | VE_VECTOR
@@ -44,6 +44,9 @@ _INTR_BLOCKING: Final = BLOCKING_BY_MOV_SS | BLOCKING_BY_STI
 _U64: Final = (1 << 64) - 1
 # EXIT_REASON, VALID, EXIT_QUALIFICATION, GLA, GPA, EPTP_INDEX, INSTRUCTION_LENGTH, INSTRUCTION_INFORMATION, VE_CATEGORY
 _VE_INFO: Final = struct.Struct("<IIQQQHxxIIB")
+
+
+NO_REASON: Final = -1  # TdExit.reason of an exit that no VM exit explains
 
 
 class TdExit(Exception):  # noqa: N818  a change of control, not an error

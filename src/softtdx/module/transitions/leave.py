@@ -16,12 +16,11 @@ from softtdx.hw.registers import GPR_NAMES
 from .. import tdcs, tdr, tdvps, vmcs
 from ..features import VM_HINT_VINTR_IN_SERVICE, VM_HINT_VINTR_PENDING, VM_HINT_VNMI_PENDING, XFAM_SSE
 from . import xstate
-from .guest import Guest, TdExit
+from .guest import NO_REASON, Guest, TdExit
 from .msrs import HostMsrs, save_guest_msrs, scrub_msrs
 
-__all__ = ["NO_REASON", "leave_async", "leave_vmcall"]
+__all__ = ["leave_async", "leave_vmcall"]
 
-NO_REASON: Final = -1  # TdExit.reason: the exit has no VMX reason
 READY: Final = int(VcpuState.READY)
 DISABLED: Final = int(VcpuState.DISABLED)
 ACTIVE: Final = int(VcpuState.ACTIVE)
