@@ -23,6 +23,13 @@ const PROGRAMS: &[Guest] = &[
         script: "launcher.ld",
         flags: &["-fpie", "-Wl,--oformat=binary"],
     },
+    // The same for Linux: the TD firmware.
+    Guest {
+        name: "firmware",
+        sources: &["firmware.c", "startup.S", "firmware_entry.S", "sha384.c", "memory.c"],
+        script: "firmware.ld",
+        flags: &["-fpie", "-Wl,--oformat=binary"],
+    },
     Guest {
         name: "pyguest",
         sources: &["startup.S", "pyguest.S"],
