@@ -16,7 +16,8 @@ class MachineCheck(SiliconFault):
     """#MC: poison was consumed (integrity failure of the line at `pa`)."""
 
 class BusFault(SiliconFault):
-    """The address has reserved bits set, or names a private KeyID outside SEAM mode (#PF with RSVD on hardware)."""
+    """The address has reserved bits set, or names a private KeyID outside SEAM mode (#PF with RSVD on hardware), or one
+    without a key; or the access runs over the top of DRAM addresses, or a page operation is not page aligned."""
 
 class VmFail(Exception):
     """VMfailInvalid or VMfailValid. `error` is the VM-instruction error number, 0 for VMfailInvalid."""
@@ -41,6 +42,8 @@ class Memory:
         seed: int = 0,
     ) -> None: ...
     # PCONFIG's and TME's part. A key is (data key, tweak key), 16 bytes each; None draws it from the seeded source.
+    # A reprogrammed KeyID cannot read what its old key wrote. Without a key a shared KeyID behaves as KeyID 0, and a
+    # private one refuses every access. ValueError: KeyID 0 (its key is TME's), or one that does not exist.
     def set_key(self, keyid: int, key: tuple[bytes, bytes] | None = None) -> None: ...
     def clear_key(self, keyid: int) -> None: ...
     def set_seamrr(self, base: int, size: int) -> None:

@@ -3,19 +3,56 @@
 //! A physical address (`pa`) is what software writes: the DRAM address with a KeyID on top of it, in bits
 //! 51:(52 - keyid_bits). Bits 63:52 are reserved. Every access is made by an [`Agent`].
 //!
+//! **Encryption is real, and lazy.** A line remembers the key that wrote it (a tag, one for each programming of a
+//! KeyID) and lies there as plaintext while reader and writer agree. Ciphertext (AES-XTS) and MAC are made when
+//! somebody looks with another key or with a probe, and kept once a probe has changed them. What an access does
+//! to a line is in `lines.rs`, how a page remembers it in `page.rs`, the cryptography in `engine.rs`.
+//!
+//! KeyIDs: KeyID 0 is TME's. A shared KeyID without a key of its own behaves as KeyID 0. A private KeyID without
+//! a key refuses every access (BusFault): no sound TDX module makes one.
+//!
 //! # Pointers for a TLB, and how they are taken back
 //!
 //! [`Memory::page_ptr`] hands a running processor a host pointer to a page. The pointer stays right until the
 //! memory takes it back, which it does by a *shootdown*: it raises the epoch and waits until each processor that
-//! is running has acknowledged the new epoch. What a processor must do ([`CpuSlot`]):
+//! is running has acknowledged the new epoch (why this is sound and free of deadlock: `shootdown.rs`). What a
+//! processor must do with its [`CpuSlot`]:
 //!
 //! 1. `enter()` before it uses any pointer; `true` means: drop every pointer you hold.
 //! 2. `poll()` at block boundaries, and after *every* call into `Memory` that was given its slot (such a call may
 //!    have waited, and while it waits the processor counts as not running). `true` means: drop every pointer
 //!    you hold, also the one that the very call returned, and ask again.
 //! 3. `leave()` before anything that may block (a VM exit, the GIL, a wait for an interrupt).
+//!
+//! Decoded code is kept by `pa` with the generation that [`Memory::mark_code`] gave; it is stale once
+//! [`Memory::code_gen`] differs, or [`Memory::key_generation`] changed.
 
-use std::sync::Arc;
+mod access;
+pub mod bytes;
+mod config;
+mod dram;
+mod engine;
+mod keys;
+mod lines;
+mod page;
+mod probe;
+mod seamrr;
+mod shootdown;
+#[cfg(test)]
+mod tests;
+
+use std::sync::{Arc, PoisonError};
+
+pub use config::{Config, Integrity, Unfit, LINE, PAGE, PA_BITS};
+pub use engine::KeyPair;
+pub use probe::RawLine;
+pub use shootdown::CpuSlot;
+
+use dram::Dram;
+use keys::{KeyTable, Tag};
+use page::MixedPages;
+use seamrr::Seamrr;
+use shootdown::Shootdown;
 
 /// On whose behalf the bus is used. It decides which KeyIDs may be named.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,8 +72,14 @@ pub struct Agent<'a> {
 }
 
 impl Agent<'static> {
-    pub const HOST: Agent<'static> = Agent { mode: Requester::Host, cpu: None };
-    pub const SEAM: Agent<'static> = Agent { mode: Requester::Seam, cpu: None };
+    pub const HOST: Agent<'static> = Agent {
+        mode: Requester::Host,
+        cpu: None,
+    };
+    pub const SEAM: Agent<'static> = Agent {
+        mode: Requester::Seam,
+        cpu: None,
+    };
 }
 
 /// Why an access was refused.
@@ -48,111 +91,111 @@ pub enum Fault {
     MachineCheck { pa: u64 },
 }
 
-/// How much the engine checks when a line is read with a private KeyID.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Integrity {
-    /// 28-bit MAC and TD-owner bit.
-    Crypto,
-    /// TD-owner bit only.
-    Logical,
-    None,
-}
-
-/// The memory of one platform. `ranges` are (base, size), 4 KiB aligned, disjoint.
-#[derive(Debug, Clone)]
-pub struct Config {
-    pub ranges: Vec<(u64, u64)>,
-    pub keyid_bits: u32,
-    pub first_private_keyid: u32,
-    pub integrity: Integrity,
-    /// KeyID 0 encrypts with the TME key; `false`: it bypasses encryption.
-    pub tme: bool,
-    pub seed: u64,
-}
-
 /// What [`Memory::page_ptr`] answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PageAccess {
-    /// The 4 KiB page starts here; access it with atomic or volatile operations only.
+    /// The 4 KiB page starts here. It is shared with other threads: see [`bytes`].
     Direct(*mut u8),
     /// This page cannot be used through a pointer now: use [`Memory::read`], [`Memory::write`] and the like.
     Slow,
 }
 
-/// A processor's part in shootdowns. One thread at a time uses it.
-pub struct CpuSlot {}
-
-impl CpuSlot {
-    /// The processor starts to run guest code. `true`: drop every page pointer first.
-    pub fn enter(&self) -> bool { todo!() }
-    /// At block boundaries and after every `Memory` call. `true`: drop every page pointer now. One load when idle.
-    #[inline]
-    pub fn poll(&self) -> bool { todo!() }
-    /// The processor stops running; pointers may go stale from here on.
-    pub fn leave(&self) { todo!() }
+/// All DRAM of a platform, behind its memory-encryption engine. Shared by reference; nothing in it ever moves.
+pub struct Memory {
+    dram: Dram,
+    keys: KeyTable,
+    mixed: MixedPages,
+    shootdown: Shootdown,
+    integrity: Integrity,
+    seamrr: Seamrr,
+    address_bits: u32,
+    address_mask: u64,
 }
 
-pub struct Memory {}
+/// `Memory` is shared between threads; this fails to compile if a part of it cannot be.
+const _: fn() = || {
+    fn shared<T: Send + Sync>() {}
+    shared::<Memory>();
+};
 
 impl Memory {
-    pub fn new(_config: Config) -> Result<Memory, String> { todo!() }
+    pub fn new(config: &Config) -> Result<Memory, Unfit> {
+        config.check()?;
+        Ok(Memory {
+            dram: Dram::new(&config.ranges)?,
+            keys: KeyTable::new(config),
+            mixed: MixedPages::new(),
+            shootdown: Shootdown::new(),
+            integrity: config.integrity,
+            seamrr: Seamrr::default(),
+            address_bits: config.address_bits(),
+            address_mask: (1 << config.address_bits()) - 1,
+        })
+    }
 
-    // --- keys (PCONFIG). A reprogrammed KeyID cannot read what its old key wrote.
-    pub fn set_key(&self, _keyid: u32, _key: Option<([u8; 16], [u8; 16])>, _agent: Agent) -> Result<(), String> { todo!() }
-    pub fn clear_key(&self, _keyid: u32, _agent: Agent) -> Result<(), String> { todo!() }
-    /// Changes whenever a key was set or cleared: decoded code (cached by `pa`) must then be dropped.
-    pub fn key_generation(&self) -> u64 { todo!() }
-    /// (KeyID, DRAM address) of `pa`; BusFault for reserved bits.
-    pub fn split(&self, _pa: u64) -> Result<(u32, u64), Fault> { todo!() }
-    pub fn is_dram(&self, _pa: u64) -> bool { todo!() }
+    /// PCONFIG: gives `keyid` a new key (drawn from the seeded source if `None`). It cannot read what the old key
+    /// wrote. `agent` is who asks: a running processor must pass its slot.
+    pub fn set_key(&self, keyid: u32, pair: Option<KeyPair>, agent: Agent) -> Result<(), Unfit> {
+        self.reprogram(agent, || self.keys.program(keyid, pair))
+    }
 
-    // --- accesses. Any length, crossing lines and pages. Outside DRAM: all ones, writes dropped.
-    pub fn read(&self, _pa: u64, _into: &mut [u8], _agent: Agent) -> Result<(), Fault> { todo!() }
-    pub fn write(&self, _pa: u64, _from: &[u8], _agent: Agent) -> Result<(), Fault> { todo!() }
-    // Single-copy atomic when naturally aligned.
-    pub fn rd8(&self, _pa: u64, _agent: Agent) -> Result<u8, Fault> { todo!() }
-    pub fn rd16(&self, _pa: u64, _agent: Agent) -> Result<u16, Fault> { todo!() }
-    pub fn rd32(&self, _pa: u64, _agent: Agent) -> Result<u32, Fault> { todo!() }
-    pub fn rd64(&self, _pa: u64, _agent: Agent) -> Result<u64, Fault> { todo!() }
-    pub fn wr8(&self, _pa: u64, _value: u8, _agent: Agent) -> Result<(), Fault> { todo!() }
-    pub fn wr16(&self, _pa: u64, _value: u16, _agent: Agent) -> Result<(), Fault> { todo!() }
-    pub fn wr32(&self, _pa: u64, _value: u32, _agent: Agent) -> Result<(), Fault> { todo!() }
-    pub fn wr64(&self, _pa: u64, _value: u64, _agent: Agent) -> Result<(), Fault> { todo!() }
-    /// LOCK CMPXCHG of `size` bytes (1, 2, 4, 8, 16), any alignment, also across lines (not across pages: splits
-    /// into a plain read and write there). Returns the value found; it was replaced if that equals `old`.
-    pub fn cas(&self, _pa: u64, _size: usize, _old: u128, _new: u128, _agent: Agent) -> Result<u128, Fault> { todo!() }
-    pub fn cas64(&self, _pa: u64, _old: u64, _new: u64, _agent: Agent) -> Result<u64, Fault> { todo!() }
-    /// MOVDIR64B: the whole line at `pa` (bits 5:0 ignored) without reading it; sets the owner bit by the KeyID's kind.
-    pub fn write_line(&self, _pa: u64, _line: &[u8; 64], _agent: Agent) -> Result<(), Fault> { todo!() }
-    pub fn zero_pages(&self, _pa: u64, _pages: u64, _agent: Agent) -> Result<(), Fault> { todo!() }
-    pub fn copy_page(&self, _dst: u64, _src: u64, _agent: Agent) -> Result<(), Fault> { todo!() }
+    /// Takes the key of `keyid` away: a private KeyID is refused from now on, a shared one behaves as KeyID 0.
+    pub fn clear_key(&self, keyid: u32, agent: Agent) -> Result<(), Unfit> {
+        self.reprogram(agent, || self.keys.clear(keyid))
+    }
 
-    // --- page pointers and code pages
-    pub fn register_cpu(&self) -> Arc<CpuSlot> { todo!() }
-    /// A pointer to the page of `pa`, if all its lines are plain under that KeyID's key. Only for an agent whose
-    /// `cpu` is between `enter` and `leave` (else `Slow`). A code page is `Slow` for writing.
-    pub fn page_ptr(&self, _pa: u64, _write: bool, _agent: Agent) -> Result<PageAccess, Fault> { todo!() }
-    /// Declares that decoded code of this page is about to be cached; call it *before* reading the bytes. No write
-    /// pointer to the page exists after it. Returns the page's code generation.
-    pub fn mark_code(&self, _pa: u64, _agent: Agent) -> Result<u32, Fault> { todo!() }
-    /// Differs from what `mark_code` returned once the page was written since. One load.
-    #[inline]
-    pub fn code_gen(&self, _pa: u64) -> u32 { todo!() }
+    /// Changes whenever a key was set or cleared: decoded code (kept by `pa`) must then be dropped.
+    pub fn key_generation(&self) -> u64 {
+        self.keys.generation()
+    }
 
-    // --- the DRAM probe: no KeyID in `pa`, no checks, ciphertext. Outside DRAM: all ones, dropped.
-    pub fn raw_read(&self, _pa: u64, _into: &mut [u8]) { todo!() }
-    pub fn raw_write(&self, _pa: u64, _from: &[u8], _agent: Agent) { todo!() }
-    pub fn raw_line(&self, _pa: u64) -> RawLine { todo!() }
-    pub fn raw_set_line(&self, _pa: u64, _line: &[u8; 64], _mac: u32, _owner: bool, _agent: Agent) { todo!() }
-    /// Bytes of DRAM that anything was ever written to, in 2 MiB chunks.
-    pub fn resident(&self) -> u64 { todo!() }
-}
+    /// (KeyID, DRAM address) of a `pa`. BusFault for reserved bits.
+    #[inline(always)]
+    pub fn split(&self, pa: u64) -> Result<(u32, u64), Fault> {
+        if pa >> PA_BITS != 0 {
+            return Err(Fault::Bus { pa });
+        }
+        Ok(((pa >> self.address_bits) as u32, pa & self.address_mask))
+    }
 
-/// A line as it lies in DRAM.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct RawLine {
-    pub data: [u8; 64],
-    pub mac: u32,
-    pub owner: bool,
-    pub poisoned: bool,
+    /// From now on a Host access to the range is aborted: reads give ones, writes are dropped. Pointers that were
+    /// handed out before are taken back.
+    pub fn set_seamrr(&self, base: u64, size: u64, agent: Agent) {
+        self.seamrr.set(base, size);
+        let parked = shootdown::park(agent.cpu);
+        self.shootdown.take_back(agent.cpu);
+        drop(parked);
+    }
+
+    /// Whether DRAM answers at this address; the KeyID does not matter.
+    pub fn is_dram(&self, pa: u64) -> bool {
+        pa >> PA_BITS == 0 && self.dram.page(pa & self.address_mask).is_some()
+    }
+
+    /// A new processor of this platform. It is forgotten when the last reference drops.
+    pub fn register_cpu(&self) -> Arc<CpuSlot> {
+        self.shootdown.register()
+    }
+
+    /// The owner bit of a line that `writer` writes.
+    fn owns(&self, writer: Tag) -> bool {
+        self.integrity != Integrity::None && writer.is_private()
+    }
+
+    fn reprogram(
+        &self,
+        agent: Agent,
+        program: impl FnOnce() -> Result<(), Unfit>,
+    ) -> Result<(), Unfit> {
+        let parked = shootdown::park(agent.cpu);
+        let _one = self
+            .keys
+            .programming
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        program()?;
+        self.shootdown.take_back(agent.cpu);
+        drop(parked);
+        Ok(())
+    }
 }

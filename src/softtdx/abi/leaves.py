@@ -12,6 +12,7 @@ from typing import Final, NamedTuple
 from softtdx.abi._data import load
 
 __all__ = [
+    "COMMON_STATUSES",
     "SEAMLDR_CALL",
     "LeafInfo",
     "Register",
@@ -160,6 +161,22 @@ class SeamldrLeaf(IntEnum):
 
 def _dotted(name: str) -> str:
     return name.replace("_", ".")
+
+
+# What nearly every leaf may return; `LeafInfo.statuses` lists the others.
+COMMON_STATUSES: Final = (
+    "OPERAND_INVALID",
+    "OPERAND_ADDR_RANGE_ERROR",
+    "OPERAND_BUSY",
+    "OPERAND_BUSY_HOST_PRIORITY",
+    "PAGE_METADATA_INCORRECT",
+    "TD_FATAL",
+    "TD_KEYS_NOT_CONFIGURED",
+    "TDCS_NOT_ALLOCATED",
+    "OP_STATE_INCORRECT",
+    "SYS_NOT_READY",
+    "SYS_SHUTDOWN",
+)
 
 
 class Register(NamedTuple):

@@ -48,13 +48,48 @@ class VcpuState(IntEnum):
 
 # Sets of states the module's checks are written in.
 TLB_TRACKING_REQUIRED: Final = frozenset({OpState.RUNNABLE, OpState.LIVE_EXPORT, OpState.LIVE_IMPORT})
-ANY_INITIALIZED: Final = frozenset({OpState.INITIALIZED, OpState.RUNNABLE, OpState.LIVE_EXPORT, OpState.PAUSED_EXPORT, OpState.POST_EXPORT, OpState.MEMORY_IMPORT, OpState.STATE_IMPORT, OpState.POST_IMPORT, OpState.LIVE_IMPORT, OpState.FAILED_IMPORT})
-ANY_FINALIZED: Final = frozenset({OpState.RUNNABLE, OpState.LIVE_EXPORT, OpState.PAUSED_EXPORT, OpState.POST_EXPORT, OpState.MEMORY_IMPORT, OpState.STATE_IMPORT, OpState.POST_IMPORT, OpState.LIVE_IMPORT})
+ANY_INITIALIZED: Final = frozenset(
+    {
+        OpState.INITIALIZED,
+        OpState.RUNNABLE,
+        OpState.LIVE_EXPORT,
+        OpState.PAUSED_EXPORT,
+        OpState.POST_EXPORT,
+        OpState.MEMORY_IMPORT,
+        OpState.STATE_IMPORT,
+        OpState.POST_IMPORT,
+        OpState.LIVE_IMPORT,
+        OpState.FAILED_IMPORT,
+    }
+)
+ANY_FINALIZED: Final = frozenset(
+    {
+        OpState.RUNNABLE,
+        OpState.LIVE_EXPORT,
+        OpState.PAUSED_EXPORT,
+        OpState.POST_EXPORT,
+        OpState.MEMORY_IMPORT,
+        OpState.STATE_IMPORT,
+        OpState.POST_IMPORT,
+        OpState.LIVE_IMPORT,
+    }
+)
 EXPORT_IN_ORDER: Final = frozenset({OpState.LIVE_EXPORT, OpState.PAUSED_EXPORT})
 IMPORT_IN_ORDER: Final = frozenset({OpState.MEMORY_IMPORT, OpState.STATE_IMPORT})
 IMPORT_OUT_OF_ORDER: Final = frozenset({OpState.POST_IMPORT, OpState.LIVE_IMPORT})
-IMPORT_IN_PROGRESS: Final = frozenset({OpState.MEMORY_IMPORT, OpState.STATE_IMPORT, OpState.POST_IMPORT, OpState.LIVE_IMPORT})
-SERVTD_BIND_OTHER_TD: Final = frozenset({OpState.RUNNABLE, OpState.LIVE_EXPORT, OpState.PAUSED_EXPORT, OpState.POST_EXPORT, OpState.POST_IMPORT, OpState.LIVE_IMPORT})
+IMPORT_IN_PROGRESS: Final = frozenset(
+    {OpState.MEMORY_IMPORT, OpState.STATE_IMPORT, OpState.POST_IMPORT, OpState.LIVE_IMPORT}
+)
+SERVTD_BIND_OTHER_TD: Final = frozenset(
+    {
+        OpState.RUNNABLE,
+        OpState.LIVE_EXPORT,
+        OpState.PAUSED_EXPORT,
+        OpState.POST_EXPORT,
+        OpState.POST_IMPORT,
+        OpState.LIVE_IMPORT,
+    }
+)
 
 # One row a leaf, one column a state in numeric order; x: the leaf may run. A leaf without a row does not check
 # OP_STATE by table.
@@ -115,9 +150,7 @@ _GUEST_ROWS: dict[TdcallLeaf, str] = {
 
 
 def _masks(rows: dict[SeamcallLeaf, str] | dict[TdcallLeaf, str]) -> dict[int, int]:
-    return {
-        int(leaf): sum(1 << state for state, mark in enumerate(row) if mark == "x") for leaf, row in rows.items()
-    }
+    return {int(leaf): sum(1 << state for state, mark in enumerate(row) if mark == "x") for leaf, row in rows.items()}
 
 
 # Bit n of a mask: OP_STATE n admits the leaf.

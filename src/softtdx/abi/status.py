@@ -11,7 +11,17 @@ A status is bits 63:32; what bits 31:0 mean depends on it (`detail_kind`): an op
 from enum import Enum, IntEnum
 from typing import NamedTuple
 
-__all__ = ["DetailKind", "Operand", "SeamldrStatus", "Status", "StatusParts", "describe", "status_of", "with_operand"]
+__all__ = [
+    "DetailKind",
+    "Operand",
+    "SeamldrStatus",
+    "Status",
+    "StatusParts",
+    "describe",
+    "split",
+    "status_of",
+    "with_operand",
+]
 
 ERROR = 1 << 63
 NON_RECOVERABLE = 1 << 62
@@ -84,10 +94,16 @@ class DetailKind(Enum):
     EXIT_REASON = "VMX exit reason"
     OP_STATE = "TD OP_STATE"
     VCPU_STATE = "VCPU_STATE"
-    MSR_INDEX = "MSR index"
+    MSR_INDEX = "MSR"
+    CPUID_LEAF = "CPUID leaf"
     TDMR_INFO = "TDMR index, PAMT page size or reserved-area index, second TDMR index"
+    SMRR_INFO = "SMRR index, CMR index"
     L2_WALK = "L2 VM index and S-EPT level"
-    SEQUENCE = "metadata sequence index"
+    LEVEL = "S-EPT level"
+    LIST_POSITION = "metadata sequence and field index"
+    FIELD_CODE = "metadata field code"
+    INDEX = "index"
+    NUMBER = "number"
 
 
 class StatusParts(NamedTuple):
@@ -351,38 +367,76 @@ class Status(IntEnum):
         return unknown
 
 
-_EXIT = DetailKind.EXIT_REASON
 _DETAIL_KINDS: dict[Status, DetailKind] = {
-    Status.SUCCESS: _EXIT,
-    Status.NON_RECOVERABLE_VCPU: _EXIT,
-    Status.NON_RECOVERABLE_TD: _EXIT,
-    Status.NON_RECOVERABLE_TD_NON_ACCESSIBLE: _EXIT,
-    Status.NON_RECOVERABLE_TD_WRONG_APIC_MODE: _EXIT,
-    Status.NON_RECOVERABLE_TD_CORRUPTED_MD: _EXIT,
-    Status.CROSS_TD_FAULT: _EXIT,
-    Status.CROSS_TD_TRAP: _EXIT,
-    Status.HOST_PRIORITY_BUSY_TIMEOUT: _EXIT,
-    Status.L2_EXIT_HOST_ROUTED_ASYNC: _EXIT,
-    Status.L2_EXIT_HOST_ROUTED_TDVMCALL: _EXIT,
-    Status.L2_EXIT_PENDING_INTERRUPT: _EXIT,
-    Status.L2_VM_ENTRY_FAILED: _EXIT,
-    Status.TD_EXIT_ON_L2_VM_EXIT: _EXIT,
-    Status.TD_EXIT_ON_L2_TO_L1: _EXIT,
-    Status.OP_STATE_INCORRECT: DetailKind.OP_STATE,
-    Status.VCPU_STATE_INCORRECT: DetailKind.VCPU_STATE,
-    Status.INCONSISTENT_MSR: DetailKind.MSR_INDEX,
-    Status.INCORRECT_MSR_VALUE: DetailKind.MSR_INDEX,
-    Status.INVALID_TDMR: DetailKind.TDMR_INFO,
-    Status.NON_ORDERED_TDMR: DetailKind.TDMR_INFO,
-    Status.TDMR_OUTSIDE_CMRS: DetailKind.TDMR_INFO,
-    Status.INVALID_PAMT: DetailKind.TDMR_INFO,
-    Status.PAMT_OUTSIDE_CMRS: DetailKind.TDMR_INFO,
-    Status.PAMT_OVERLAP: DetailKind.TDMR_INFO,
-    Status.INVALID_RESERVED_IN_TDMR: DetailKind.TDMR_INFO,
-    Status.NON_ORDERED_RESERVED_IN_TDMR: DetailKind.TDMR_INFO,
-    Status.L2_SEPT_WALK_FAILED: DetailKind.L2_WALK,
-    Status.L2_SEPT_ENTRY_NOT_FREE: DetailKind.L2_WALK,
-    Status.METADATA_LIST_OVERFLOW: DetailKind.SEQUENCE,
+    status: kind
+    for kind, statuses in {
+        DetailKind.EXIT_REASON: (
+            Status.SUCCESS,
+            Status.NON_RECOVERABLE_VCPU,
+            Status.NON_RECOVERABLE_TD,
+            Status.NON_RECOVERABLE_TD_NON_ACCESSIBLE,
+            Status.NON_RECOVERABLE_TD_WRONG_APIC_MODE,
+            Status.NON_RECOVERABLE_TD_CORRUPTED_MD,
+            Status.CROSS_TD_FAULT,
+            Status.CROSS_TD_TRAP,
+            Status.HOST_PRIORITY_BUSY_TIMEOUT,
+            Status.L2_EXIT_HOST_ROUTED_ASYNC,
+            Status.L2_EXIT_HOST_ROUTED_TDVMCALL,
+            Status.L2_EXIT_PENDING_INTERRUPT,
+            Status.L2_VM_ENTRY_FAILED,
+            Status.TD_EXIT_ON_L2_VM_EXIT,
+            Status.TD_EXIT_ON_L2_TO_L1,
+        ),
+        DetailKind.OP_STATE: (Status.OP_STATE_INCORRECT,),
+        DetailKind.VCPU_STATE: (Status.VCPU_STATE_INCORRECT,),
+        DetailKind.MSR_INDEX: (
+            Status.INCONSISTENT_MSR,
+            Status.INCORRECT_MSR_VALUE,
+        ),
+        DetailKind.CPUID_LEAF: (Status.CPUID_LEAF_NOT_SUPPORTED,),
+        DetailKind.TDMR_INFO: (
+            Status.INVALID_TDMR,
+            Status.NON_ORDERED_TDMR,
+            Status.TDMR_OUTSIDE_CMRS,
+            Status.INVALID_PAMT,
+            Status.PAMT_OUTSIDE_CMRS,
+            Status.PAMT_OVERLAP,
+            Status.INVALID_RESERVED_IN_TDMR,
+            Status.NON_ORDERED_RESERVED_IN_TDMR,
+        ),
+        DetailKind.SMRR_INFO: (
+            Status.SMRR_NOT_LOCKED,
+            Status.INVALID_SMRR_CONFIGURATION,
+            Status.SMRR_OVERLAPS_CMR,
+        ),
+        DetailKind.L2_WALK: (
+            Status.L2_SEPT_WALK_FAILED,
+            Status.L2_SEPT_ENTRY_NOT_FREE,
+        ),
+        DetailKind.LEVEL: (
+            Status.PAGE_ALREADY_ACCEPTED,
+            Status.PAGE_SIZE_MISMATCH,
+        ),
+        DetailKind.LIST_POSITION: (
+            Status.METADATA_LIST_OVERFLOW,
+            Status.INVALID_METADATA_LIST_HEADER,
+        ),
+        DetailKind.FIELD_CODE: (
+            Status.TD_VMCS_FIELD_NOT_INITIALIZED,
+            Status.VIRTUAL_MSR_VALUE_NOT_VALID,
+        ),
+        DetailKind.INDEX: (
+            Status.EVENT_FILTER_INVALID,
+            Status.EVENT_FILTER_ORDER_INVALID,
+            Status.PAMT_PAGE_NOT_EMPTY,
+        ),
+        DetailKind.NUMBER: (
+            Status.INVALID_PKG_ID,
+            Status.NUM_ACTIVATED_HKIDS_NOT_SUPPORTED,
+            Status.X2APIC_ID_NOT_UNIQUE,
+        ),
+    }.items()
+    for status in statuses
 }
 
 _BY_VALUE: dict[int, Status] = {int(status): status for status in Status}
@@ -454,12 +508,10 @@ def describe(rax: int) -> str:
     if rax >> 64 or rax < 0:
         return f"{rax:#x}: not a 64-bit value"
     status = status_of(rax)
-    name = status.name
-    if name.startswith("UNKNOWN_"):
-        name = _describe_unknown(rax)
+    if status is Status.UNINITIALIZE_ERROR:
+        return status.name
+    name = _describe_unknown(rax) if status.name.startswith("UNKNOWN_") else status.name
     detail = rax & 0xFFFF_FFFF
-    if status is Status.UNINITIALIZE_ERROR or (detail == 0 and status.detail_kind is not DetailKind.OPERAND):
-        return name
     if detail == 0 and not _names_operand_zero(status):
         return name
     return f"{name} ({_describe_detail(status.detail_kind, detail)})"
@@ -472,28 +524,26 @@ def _names_operand_zero(status: Status) -> bool:
 
 def _describe_unknown(rax: int) -> str:
     parts = split(rax)
-    flags = [
-        flag
-        for flag, on in zip(("error", "non-recoverable", "fatal", "host hint"), parts[:4], strict=True)
-        if on
-    ]
+    flags = [flag for flag, on in zip(("error", "non-recoverable", "fatal", "host hint"), parts[:4], strict=True) if on]
     base = _BY_IDENTITY.get((rax >> 32) & 0xFFFF)
-    known = f"{base.name} with other flags" if base is not None else "unknown status"
-    return f"{known} {rax & STATUS_MASK:#018x} [{', '.join(flags) or 'no error'}]"
+    plain = rax & (0xFFF << 48) == 0
+    name = base.name if base is not None and plain else f"unknown status {rax & STATUS_MASK:#018x}"
+    return f"{name} [{', '.join(flags) or 'no error'}]"
 
 
 def _describe_detail(kind: DetailKind, detail: int) -> str:
+    low, high = detail & 0xFFFF, detail >> 16
     if kind is DetailKind.OPERAND:
         try:
             return f"operand {Operand(detail).name}"
         except ValueError:
             return f"detail {detail:#x}"
-    if kind is DetailKind.EXIT_REASON:
-        return f"exit reason {detail:#x}"
-    if kind is DetailKind.MSR_INDEX:
-        return f"MSR {detail:#x}"
     if kind is DetailKind.L2_WALK:
-        return f"L2 VM {detail >> 16}, level {detail & 0xFFFF}"
-    if kind is DetailKind.TDMR_INFO:
-        return "TDMR info " + "/".join(str(byte) for byte in detail.to_bytes(4, "little"))
+        return f"L2 VM {high}, level {low}"
+    if kind is DetailKind.LIST_POSITION:
+        return f"sequence {low if high == 0xFFFF else high}" + ("" if high == 0xFFFF else f", field {low}")
+    if kind in (DetailKind.TDMR_INFO, DetailKind.SMRR_INFO):
+        return f"{kind.value}: " + ", ".join(str(byte) for byte in detail.to_bytes(4, "little"))
+    if kind in (DetailKind.MSR_INDEX, DetailKind.CPUID_LEAF, DetailKind.FIELD_CODE, DetailKind.EXIT_REASON):
+        return f"{kind.value} {detail:#x}"
     return f"{kind.value} {detail}"

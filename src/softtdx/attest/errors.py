@@ -2,7 +2,7 @@
 
 from softtdx.errors import SoftTdxError
 
-__all__ = ["CollateralError", "MalformedError", "PkiError", "QuotingError"]
+__all__ = ["CollateralError", "MalformedError", "PkiError", "QuotingError", "ServiceUnavailableError"]
 
 
 class MalformedError(SoftTdxError):
@@ -19,3 +19,7 @@ class PkiError(SoftTdxError):
 
 class QuotingError(SoftTdxError):
     """The quoting enclave refuses: the TDREPORT is not this platform's, or of no kind it quotes."""
+
+
+class ServiceUnavailableError(SoftTdxError):
+    """A service is not there, or gave no answer: try again, or start it."""

@@ -291,23 +291,23 @@ def signed_bytes(header: QuoteHeader, body: TdBody10) -> bytes:
 
 def body_of_report(report: TdReport, kind: BodyType) -> TdBody10:
     """The quote body that says what the TDREPORT says."""
-    tcb, td = report.tcb, report.td
+    tcb, td = report.tee_tcb_info, report.td_info
     base = TdBody10(
         tee_tcb_svn=tcb.tee_tcb_svn,
-        mr_seam=tcb.mr_seam,
-        mr_signer_seam=tcb.mr_signer_seam,
-        seam_attributes=tcb.attributes,
+        mr_seam=tcb.mrseam,
+        mr_signer_seam=tcb.mrsignerseam,
+        seam_attributes=tcb.attributes.to_bytes(8, "little"),
         td_attributes=td.attributes,
         xfam=td.xfam,
-        mr_td=td.mr_td,
-        mr_config_id=td.mr_config_id,
-        mr_owner=td.mr_owner,
-        mr_owner_config=td.mr_owner_config,
+        mr_td=td.mrtd,
+        mr_config_id=td.mrconfigid,
+        mr_owner=td.mrowner,
+        mr_owner_config=td.mrownerconfig,
         rtmr0=td.rtmr0,
         rtmr1=td.rtmr1,
         rtmr2=td.rtmr2,
         rtmr3=td.rtmr3,
-        report_data=report.mac.report_data,
+        report_data=report.report_mac.report_data,
     )
     if kind is BodyType.TD10:
         return base

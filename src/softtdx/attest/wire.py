@@ -7,8 +7,8 @@ which are kept as they came, so that parsing and serialising is the identity on 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import Field, dataclass, field, fields
+import struct
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Self
 
 from softtdx.attest.errors import MalformedError
@@ -31,59 +31,68 @@ def zero(size: int) -> Any:
     return field(default=bytes(size), metadata={"size": size, "kind": "zero"}, repr=False)
 
 
+UINT_CODES = {1: "B", 2: "H", 4: "I", 8: "Q"}
+
+
 @dataclass(frozen=True)
 class Layout:
     """A structure of fixed size made of byte strings and little-endian integers."""
 
-    SIZE: ClassVar[int] = 0
+    _form: ClassVar[struct.Struct]
+    _names: ClassVar[tuple[str, ...]]
 
     @classmethod
-    def layout(cls) -> Iterator[tuple[Field[Any], int]]:
-        """Each field with its offset in bytes."""
-        at = 0
-        for item in fields(cls):
-            yield item, at
-            at += item.metadata["size"]
+    def form(cls) -> struct.Struct:
+        """The structure as `struct` packs it; made once a class."""
+        if "_form" not in cls.__dict__:
+            items = fields(cls)
+            codes = [
+                UINT_CODES[item.metadata["size"]] if item.metadata["kind"] == "uint" else f"{item.metadata['size']}s"
+                for item in items
+            ]
+            cls._form = struct.Struct("<" + "".join(codes))
+            cls._names = tuple(item.name for item in items)
+        return cls._form
 
     @classmethod
     def size(cls) -> int:
         """The structure's length in bytes."""
-        if not cls.__dict__.get("SIZE"):
-            cls.SIZE = sum(item.metadata["size"] for item in fields(cls))
-        return cls.SIZE
+        return cls.form().size
+
+    @classmethod
+    def offset(cls, name: str) -> int:
+        """Where the field of that name begins."""
+        at = 0
+        for item in fields(cls):
+            if item.name == name:
+                return at
+            at += int(item.metadata["size"])
+        raise MalformedError(f"{cls.__name__} has no field {name!r}")
 
     @classmethod
     def parse(cls, data: bytes) -> Self:
         """Reads the structure from exactly `size()` bytes; raises `MalformedError` on any other length."""
-        if len(data) != cls.size():
-            raise MalformedError(f"{cls.__name__} is {cls.size()} bytes, this is {len(data)}")
-        values: dict[str, Any] = {}
-        for item, at in cls.layout():
-            chunk = bytes(data[at : at + item.metadata["size"]])
-            values[item.name] = int.from_bytes(chunk, "little") if item.metadata["kind"] == "uint" else chunk
-        return cls(**values)
+        form = cls.form()
+        if len(data) != form.size:
+            raise MalformedError(f"{cls.__name__} is {form.size} bytes, this is {len(data)}")
+        # What `struct` unpacks has every field's size, so there is nothing for __post_init__ to check.
+        self = object.__new__(cls)
+        self.__dict__.update(zip(cls._names, form.unpack(data), strict=True))
+        return self
 
     def __post_init__(self) -> None:
         for item in fields(self):
             value, size = getattr(self, item.name), item.metadata["size"]
             if item.metadata["kind"] == "uint":
                 if not 0 <= value < 1 << (8 * size):
-                    raise MalformedError(
-                        f"{type(self).__name__}.{item.name} = {value:#x} does not fit {size} bytes"
-                    )
+                    raise MalformedError(f"{type(self).__name__}.{item.name} = {value:#x} is over {size} bytes")
             elif len(value) != size:
-                raise MalformedError(
-                    f"{type(self).__name__}.{item.name} is {size} bytes, this is {len(value)}"
-                )
+                raise MalformedError(f"{type(self).__name__}.{item.name} is {size} bytes, this is {len(value)}")
 
     def to_bytes(self) -> bytes:
         """The structure as it lies in memory."""
-        return b"".join(
-            getattr(self, item.name).to_bytes(item.metadata["size"], "little")
-            if item.metadata["kind"] == "uint"
-            else getattr(self, item.name)
-            for item in fields(self)
-        )
+        form = self.form()
+        return form.pack(*(getattr(self, name) for name in self._names))
 
     def describe(self) -> dict[str, str | int]:
         """Every field, bytes as hex; a reserved one only when it is not zero."""

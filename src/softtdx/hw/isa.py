@@ -38,6 +38,7 @@ class SeamCpu:
         "cas64",
         "copy_page",
         "core",
+        "gpr",
         "gprs",
         "index",
         "invept",
@@ -50,7 +51,9 @@ class SeamCpu:
         "rd64",
         "rdtsc",
         "read",
+        "set_gpr",
         "set_gprs",
+        "set_xmm",
         "store_gprs",
         "vmclear",
         "vmptrld",
@@ -62,6 +65,7 @@ class SeamCpu:
         "wr64",
         "write",
         "xinit",
+        "xmm",
         "xrstor",
         "xsave",
         "zero_page",
@@ -85,7 +89,9 @@ class SeamCpu:
             core.vmptrld,
             core.vmclear,
         )
+        self.gpr, self.set_gpr = core.gpr, core.set_gpr
         self.gprs, self.set_gprs = core.gprs, core.set_gprs
+        self.xmm, self.set_xmm = core.xmm, core.set_xmm
         self.load_gprs, self.store_gprs = core.load_gprs, core.store_gprs
         self.xsave, self.xrstor, self.xinit = core.xsave, core.xrstor, core.xinit
         self.invept, self.invvpid, self.rdtsc = core.invept, core.invvpid, core.rdtsc
@@ -109,6 +115,17 @@ class SeamCpu:
     def rdrand(self) -> int:
         """RDRAND: 64 random bits."""
         return self._lp.platform.entropy.u64()
+
+    def retired_instructions(self) -> int:
+        """RDMSR IA32_FIXED_CTR0: instructions retired in non-root mode since the processor was powered on."""
+        return self._lp.retired_instructions()
+
+    def self_interrupt(self, *, nmi: bool = False) -> None:
+        """WRMSR IA32_X2APIC_ICR to itself: an interrupt taken from the host while its TD was examined comes again."""
+        if nmi:
+            self._lp.nmi()
+        else:
+            self._lp.interrupt()
 
     def interrupt_pending(self) -> bool:
         """IA32_INTR_PENDING (0x9A): long leaf functions stop early when an interrupt waits for the host."""

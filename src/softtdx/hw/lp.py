@@ -5,8 +5,9 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from softtdx._silicon import Core
+from softtdx.abi.msrs import Msr
 from softtdx.hw.description import CpuidValues
-from softtdx.hw.faults import GeneralProtection, MachineCheck, UndefinedOpcode, VmFail
+from softtdx.hw.faults import GeneralProtection, MachineCheck, SeamShutdown, UndefinedOpcode, VmFail
 from softtdx.hw.isa import SeamCpu
 from softtdx.hw.registers import Registers
 
@@ -21,10 +22,9 @@ GuestEngine = Callable[[Core, bool], int]
 _ESCAPE = 0x10000  # Core.vmenter: the guest executed the escape instruction of hook n = low 16 bits
 _P_SEAMLDR = 1 << 63
 _LEAF_MASK = 0xFFFF
+_VMCS_REVISION = 0x7FFF_FFFF  # of IA32_VMX_BASIC
 
-MSR_MKTME_KEYID_PARTITIONING = 0x87
-MSR_SEAMRR_BASE = 0x1400
-MSR_SEAMRR_MASK = 0x1401
+_LOCKED_BY_FIRMWARE = (Msr.MKTME_KEYID_PARTITIONING, Msr.TME_ACTIVATE, Msr.SEAMRR_PHYS_BASE, Msr.SEAMRR_PHYS_MASK)
 
 
 class Mode(Enum):
@@ -53,6 +53,11 @@ class LogicalProcessor:
         self.mode = Mode.VMX_ROOT
         self.core = Core(platform.memory, self.apic_id)
         self.core.configure(tsc_hz=d.tsc_hz, tsc_real=d.tsc_real)
+        if Msr.VMX_BASIC in d.msrs:
+            self.core.configure(vmcs_revision=d.msrs[Msr.VMX_BASIC] & _VMCS_REVISION)
+        for msr, value in d.msrs.items():  # a guest reads some of them without a VM exit
+            if self.core.rdmsr(msr) is None:
+                self.core.wrmsr(msr, value)
         self.interrupt_pending = False
         self.guest_engine: GuestEngine | None = None
         self._seam_cpu = SeamCpu(self)
@@ -91,6 +96,9 @@ class LogicalProcessor:
         except MachineCheck:
             seam.unbreakable_shutdown(to_loader=bool(to_loader))
             raise
+        except SeamShutdown as shutdown:
+            seam.unbreakable_shutdown(to_loader=bool(to_loader))
+            raise VmFail(f"SEAMCALL: the SEAM software shut down: {shutdown}") from shutdown
         finally:
             core.seam = False
             self.mode = Mode.VMX_ROOT
@@ -140,6 +148,12 @@ class LogicalProcessor:
         self.platform.events.counts["vm_exit"] += 1
         return reason
 
+    def retired_instructions(self) -> int:
+        """IA32_FIXED_CTR0 over non-root mode. A guest engine executes no code: it counts as having run much of it."""
+        if self.guest_engine is not None:
+            return self.platform.events.counts["vm_exit"] << 16
+        return self.core.counters()["instructions"]
+
     # --- interrupts, from any thread
     def interrupt(self) -> None:
         """An external interrupt for this processor: a guest on it exits; long SEAM leaves return early."""
@@ -173,7 +187,7 @@ class LogicalProcessor:
     def wrmsr(self, msr: int, value: int) -> None:
         """WRMSR in root mode. Raises GeneralProtection when there is no such MSR or it is locked."""
         if self.platform.rdmsr(msr) is not None:
-            if msr in (MSR_MKTME_KEYID_PARTITIONING, MSR_SEAMRR_BASE, MSR_SEAMRR_MASK):
+            if msr in _LOCKED_BY_FIRMWARE:
                 raise GeneralProtection(f"WRMSR of {msr:#x}, which the platform's firmware locked")
             return
         self.core.wrmsr(msr, value)

@@ -4,17 +4,27 @@ from collections.abc import Callable
 from threading import Lock
 
 from softtdx._silicon import Memory
+from softtdx.abi.msrs import (
+    SEAMRR_BASE_CONFIGURED,
+    SEAMRR_MASK_LOCK,
+    SEAMRR_MASK_VALID,
+    TME_ACTIVATE_ENABLE,
+    TME_ACTIVATE_KEYID_BITS_SHIFT,
+    TME_ACTIVATE_LOCK,
+    TME_ACTIVATE_TDX_KEYID_BITS_SHIFT,
+    Msr,
+)
+from softtdx.abi.structs import SysInfoTable
 from softtdx.hw.description import PlatformDescription, preset
 from softtdx.hw.events import EventStream
 from softtdx.hw.isa import SeamSoftware
-from softtdx.hw.lp import MSR_MKTME_KEYID_PARTITIONING, MSR_SEAMRR_BASE, MSR_SEAMRR_MASK, LogicalProcessor
+from softtdx.hw.lp import LogicalProcessor
 from softtdx.hw.seamops import RandomSource, SeamOpsEngine
 
 __all__ = ["Platform", "SeamRange"]
 
 _MASK52 = (1 << 52) - 1
-_SEAMRR_LOCKED_ENABLED = 0xC00  # IA32_SEAMRR_PHYS_MASK: lock bit 10, enable bit 11
-_SEAMRR_CONFIGURED = 0x8  # IA32_SEAMRR_PHYS_BASE: configured bit 3
+_TME_ALGORITHMS = 0xF << 48  # IA32_TME_ACTIVATE: the key algorithms that PCONFIG may use
 
 
 class SeamRange:
@@ -65,6 +75,7 @@ class Platform:
         self._key_lock = Lock()
         self._keys: dict[int, set[int]] = {}  # KeyID -> packages it is programmed on
         self._msrs = self._fixed_msrs()
+        self.memory.write(self.seam.base, self._mcheck_table(), seam=True)
 
     def rdmsr(self, msr: int) -> int | None:
         """MSRs that the description or the platform's set-up fixes; None for the others."""
@@ -104,7 +115,27 @@ class Platform:
         base, size = d.seamrr
         msrs = dict(d.msrs)
         private = (1 << d.keyid_bits) - d.first_private_keyid
-        msrs[MSR_MKTME_KEYID_PARTITIONING] = private << 32 | (d.first_private_keyid - 1)
-        msrs[MSR_SEAMRR_BASE] = base | _SEAMRR_CONFIGURED
-        msrs[MSR_SEAMRR_MASK] = _MASK52 & ~(size - 1) | _SEAMRR_LOCKED_ENABLED
+        msrs[Msr.MKTME_KEYID_PARTITIONING] = private << 32 | (d.first_private_keyid - 1)
+        msrs[Msr.TME_ACTIVATE] = (
+            msrs.get(Msr.TME_ACTIVATE, _TME_ALGORITHMS) & ~(0xFF << TME_ACTIVATE_KEYID_BITS_SHIFT)
+            | TME_ACTIVATE_LOCK
+            | TME_ACTIVATE_ENABLE
+            | d.keyid_bits << TME_ACTIVATE_KEYID_BITS_SHIFT
+            | (private.bit_length() - 1) << TME_ACTIVATE_TDX_KEYID_BITS_SHIFT
+        )
+        msrs[Msr.SEAMRR_PHYS_BASE] = base | SEAMRR_BASE_CONFIGURED
+        msrs[Msr.SEAMRR_PHYS_MASK] = _MASK52 & ~(size - 1) | SEAMRR_MASK_LOCK | SEAMRR_MASK_VALID
         return msrs
+
+    def _mcheck_table(self) -> bytes:
+        """What MCHECK verified of the machine and leaves at the base of SEAMRR for the loader: CMRs, processors."""
+        d = self.description
+        table = SysInfoTable()
+        table.tot_num_lps, table.tot_num_sockets = d.lps, d.packages
+        family = d.cpuid.get((1, None), (0, 0, 0, 0))[0]
+        table.socket_cpuid_table = [family] * d.packages + [0] * (len(table.socket_cpuid_table) - d.packages)
+        table.smrr2_not_supported = 1
+        table.tdx_without_integrity = int(d.integrity != "crypto")
+        for entry, (base, size) in zip(table.cmr_data, d.cmrs, strict=False):
+            entry.base, entry.size = base, size
+        return bytes(table)

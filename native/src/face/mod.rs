@@ -1,0 +1,19 @@
+//! The Python face: thin, and no policy. The contract is `src/softtdx/_silicon.pyi`.
+
+mod errors;
+pub mod memory;
+mod payloads;
+mod sha384;
+
+use pyo3::prelude::*;
+
+pub use errors::{raise, vm_fail};
+
+#[pymodule]
+#[pyo3(name = "_silicon")]
+fn silicon(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    errors::register(module)?;
+    memory::register(module)?;
+    sha384::register(module)?;
+    payloads::register(module)
+}

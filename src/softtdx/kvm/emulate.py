@@ -1,0 +1,77 @@
+"""What KVM answers itself, for ordinary VMs and TDs alike: CPUID, and the few MSRs that it keeps in software."""
+
+from typing import Final
+
+from softtdx.abi.msrs import Msr
+from softtdx.hw import PlatformDescription
+from softtdx.kvm.uapi import CpuidEntry
+from softtdx.kvm.vcpu import Vcpu
+
+__all__ = ["cpuid", "host_cpuid", "read_msr", "write_msr"]
+
+# Features that a guest may be shown of those the host has: what needs no state or mode beyond x87 and SSE.
+_GUEST_FEATURES: Final[dict[tuple[int, int | None], tuple[int, int, int, int]]] = {
+    (1, None): (0xFFFF_FFFF, 0x0000_FF00, 0x40D8_2203, 0x0783_FBFF),
+    (7, 0): (0, 0x0014_0681, 0x0040_0004, 0),
+    (0x8000_0001, None): (0, 0, 0x0000_0101, 0x2C10_0800),
+}
+_HYPERVISOR: Final = 1 << 31
+_COPIED: Final = (0, 2, 4, 0x15, 0x16, 0x8000_0000, 0x8000_0006, 0x8000_0007, 0x8000_0008)
+
+# MSRs that software keeps: reset value. Writes are remembered.
+_SOFTWARE_MSRS: Final[dict[int, int]] = {
+    Msr.MTRRCAP: 0x508,
+    0x2FF: 0xC06,  # IA32_MTRR_DEF_TYPE
+    Msr.MISC_ENABLE: 1,
+    Msr.BIOS_SIGN_ID: 0x1_0000_0000,
+    Msr.PLATFORM_ID: 0,
+    Msr.APIC_BASE: 0xFEE0_0C00,
+    Msr.MCG_CAP: 0,
+    Msr.MCG_STATUS: 0,
+    Msr.ARCH_CAPABILITIES: 0,
+    Msr.TSC_ADJUST: 0,
+    Msr.SPEC_CTRL: 0,
+    Msr.PRED_CMD: 0,
+    Msr.FEATURE_CONTROL: 1,
+}
+
+
+def host_cpuid(description: PlatformDescription) -> list[CpuidEntry]:
+    """KVM_GET_SUPPORTED_CPUID: the processor's values, reduced to the features a guest may use."""
+    entries = []
+    for (leaf, subleaf), values in sorted(description.cpuid.items(), key=lambda row: (row[0][0], row[0][1] or 0)):
+        mask = _GUEST_FEATURES.get((leaf, subleaf))
+        if mask is not None:
+            eax, ebx, ecx, edx = (value & keep for value, keep in zip(values, mask, strict=True))
+            ecx |= _HYPERVISOR if leaf == 1 else 0
+        elif leaf in _COPIED:
+            eax, ebx, ecx, edx = values
+        else:
+            continue
+        entries.append(CpuidEntry(leaf, subleaf, eax, ebx, ecx, edx))
+    return entries
+
+
+def cpuid(vcpu: Vcpu, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
+    """CPUID as the guest sees it: zeroes for a leaf that user space did not set."""
+    entry = vcpu.cpuid.get((leaf, None)) or vcpu.cpuid.get((leaf, subleaf))
+    if entry is None:
+        return 0, 0, 0, 0
+    ebx = entry.ebx & 0x00FF_FFFF | vcpu.vcpu_id << 24 if leaf == 1 else entry.ebx
+    return entry.eax, ebx, entry.ecx, entry.edx
+
+
+def read_msr(vcpu: Vcpu, index: int) -> int | None:
+    """An MSR that KVM keeps; None for one it does not have."""
+    default = _SOFTWARE_MSRS.get(index)
+    if default is None:
+        return None
+    return vcpu.msrs.get(index, default)
+
+
+def write_msr(vcpu: Vcpu, index: int, value: int) -> bool:
+    """Write an MSR that KVM keeps; False for one it does not have."""
+    if index not in _SOFTWARE_MSRS:
+        return False
+    vcpu.msrs[index] = value
+    return True

@@ -1,0 +1,99 @@
+"""guest_memfd: memory of a VM that user space cannot map; what private GPAs of a TD are backed by.
+
+Facts: the kernel's virt/kvm/guest_memfd.c. Punching a hole first unmaps the range from the VM (for a TD: BLOCK,
+TRACK, REMOVE), then frees the pages.
+"""
+
+import errno
+from collections.abc import Callable
+from threading import RLock
+
+from softtdx.kvm.errors import KvmError
+from softtdx.kvm.memory import PAGE, PAGE_2M, HostMemory
+
+__all__ = ["GuestMemfd"]
+
+_HUGE = PAGE_2M // PAGE
+
+
+class GuestMemfd:
+    """One file: page index -> physical page. Pages come into being when they are first asked for."""
+
+    def __init__(self, memory: HostMemory, size: int) -> None:
+        """A file of `size` bytes. EINVAL unless it is a positive multiple of the page size."""
+        if size <= 0 or size % PAGE:
+            raise KvmError(errno.EINVAL, f"a guest_memfd of {size} bytes")
+        self.size = size
+        self._memory = memory
+        self._lock = RLock()
+        self._pages: dict[int, int] = {}
+        self._bindings: list[tuple[int, int, Callable[[int, int], None]]] = []
+
+    def bind(self, offset: int, size: int, invalidate: Callable[[int, int], None]) -> None:
+        """A memslot uses [offset, offset + size); `invalidate(offset, size)` unmaps a part of it from the VM.
+
+        EINVAL when the range is not inside the file, EEXIST when another memslot uses a part of it.
+        """
+        if offset < 0 or offset % PAGE or offset + size > self.size:
+            raise KvmError(errno.EINVAL, f"guest_memfd range {offset:#x}+{size:#x} of a file of {self.size:#x} bytes")
+        if any(start < offset + size and offset < start + length for start, length, _ in self._bindings):
+            raise KvmError(errno.EEXIST, "another memslot is bound to a part of this guest_memfd range")
+        self._bindings.append((offset, size, invalidate))
+
+    def unbind(self, offset: int) -> None:
+        """The memslot that was bound at `offset` is gone."""
+        self._bindings = [binding for binding in self._bindings if binding[0] != offset]
+
+    def get_page(self, index: int) -> int:
+        """The 4 KiB page at `index`."""
+        with self._lock:
+            pa = self._pages.get(index)
+            if pa is None:
+                pa = self._pages[index] = self._memory.alloc(zero=True)
+            return pa
+
+    def get_huge_page(self, index: int) -> int | None:
+        """The aligned, contiguous 2 MiB block at `index`; None when it cannot be one."""
+        with self._lock:
+            pa = self._pages.get(index)
+            if pa is not None:
+                whole = pa % PAGE_2M == 0 and all(self._pages.get(index + i) == pa + i * PAGE for i in range(_HUGE))
+                return pa if whole else None
+            if (index + _HUGE) * PAGE > self.size or any(index + i in self._pages for i in range(_HUGE)):
+                return None
+            try:
+                pa = self._memory.alloc(_HUGE, align=PAGE_2M)
+            except KvmError:
+                return None
+            for i in range(_HUGE):
+                self._pages[index + i] = pa + i * PAGE
+            return pa
+
+    def punch_hole(self, offset: int, length: int) -> None:
+        """fallocate(FALLOC_FL_PUNCH_HOLE): unmap the range from the VM and free its pages. EINVAL if misaligned."""
+        if offset % PAGE or length % PAGE or length <= 0 or offset < 0 or offset + length > self.size:
+            raise KvmError(errno.EINVAL, f"hole {offset:#x}+{length:#x} in a guest_memfd of {self.size:#x} bytes")
+        for start, size, invalidate in self._bindings:
+            first, last = max(start, offset), min(start + size, offset + length)
+            if first < last:
+                invalidate(first, last - first)
+        self._free(range(offset // PAGE, (offset + length) // PAGE))
+
+    def allocated_pages(self) -> int:
+        """How many pages the file has."""
+        return len(self._pages)
+
+    def close(self) -> None:
+        """The last reference is gone: free every page. The VM has unmapped them."""
+        self._free(range(self.size // PAGE))
+
+    def _free(self, indexes: range) -> None:
+        with self._lock:
+            found = (
+                [i for i in indexes if i in self._pages]
+                if len(indexes) < len(self._pages)
+                else sorted(i for i in self._pages if i in indexes)
+            )
+            pages = [self._pages.pop(index) for index in found]
+        for pa in pages:
+            self._memory.free(pa)

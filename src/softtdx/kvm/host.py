@@ -1,0 +1,27 @@
+"""The host kernel as a whole: what boots on a platform and what /dev/kvm stands on."""
+
+from softtdx.hw import Platform
+from softtdx.kvm.cpus import HostCpus
+from softtdx.kvm.memory import HostMemory
+from softtdx.kvm.tdx_host import ModuleRelease, TdxHost
+
+__all__ = ["Host"]
+
+
+class Host:
+    """A booted kernel: memory, processors and, once it is enabled, TDX."""
+
+    def __init__(self, platform: Platform) -> None:
+        """Boot without TDX."""
+        self.platform = platform
+        self.memory = HostMemory(platform)
+        self.cpus = HostCpus(platform)
+        self.tdx: TdxHost | None = None
+
+    def enable_tdx(self, release: ModuleRelease) -> TdxHost:
+        """Load the TDX module and bring TDX up on every processor. TdxUnavailableError says what stood in the way."""
+        if self.tdx is None:
+            tdx = TdxHost(self.platform, self.memory, self.cpus)
+            tdx.enable(release)
+            self.tdx = tdx
+        return self.tdx

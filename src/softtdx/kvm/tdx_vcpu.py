@@ -1,0 +1,220 @@
+"""A vCPU of a TD: its making, TDH.VP.ENTER and what follows each TD exit (arch/x86/kvm/vmx/tdx.c)."""
+
+import errno
+from enum import Enum
+
+from softtdx.abi.exits import ExitReason, ExtendedQualification
+from softtdx.abi.fields import table
+from softtdx.abi.kvm import KvmExit, TdxCommand
+from softtdx.abi.leaves import SeamcallLeaf as Leaf
+from softtdx.abi.status import describe, status_of
+from softtdx.hw import LogicalProcessor, Registers
+from softtdx.kvm import seamcalls as sc
+from softtdx.kvm.errors import KvmError
+from softtdx.kvm.memory import PAGE
+from softtdx.kvm.mmu import Fault, private_fault, shared_fault
+from softtdx.kvm.tdvmcall import handle_tdvmcall
+from softtdx.kvm.tdx import TdState, TdxVm
+from softtdx.kvm.uapi import CpuidEntry, TdxInitMemRegion
+from softtdx.kvm.vcpu import Vcpu
+from softtdx.kvm.x86_ops import VcpuOps
+
+__all__ = ["TdxVcpu"]
+
+_EXTEND_CHUNK = 256
+_ERROR = 1 << 63
+_NON_RECOVERABLE = 1 << 62
+_SHARED_EPTP = "Shared EPTP"
+_REQUESTED_LEVEL = 32  # of an ACCEPT's extended exit qualification: bits 34:32
+
+
+class VcpuState(Enum):
+    """How far a vCPU has come."""
+
+    UNINITIALIZED = "created"
+    INITIALIZED = "initialised"
+
+
+class TdxVcpu(VcpuOps):
+    """The TDX half of a vCPU. `regs` holds what the last TD exit left, and what the next entry gives the TD."""
+
+    def __init__(self, vcpu: Vcpu) -> None:
+        """KVM_CREATE_VCPU: no page is used yet."""
+        super().__init__(vcpu)
+        ops = vcpu.vm.ops
+        assert isinstance(ops, TdxVm)
+        self.td = ops
+        self.state = VcpuState.UNINITIALIZED
+        self.tdvpr: int | None = None
+        self.tdcx: list[int] = []
+        self.regs = Registers()
+        self._cpu: int | None = None  # the processor that the module associates the vCPU with
+
+    # --- KVM_MEMORY_ENCRYPT_OP
+    def memory_encrypt_op(self, command: int, argument: object) -> object:
+        """The KVM_TDX_* commands of a vCPU. EINVAL before the TD is initialised or after it was finalised."""
+        if self.td.state is not TdState.INITIALIZED and command != TdxCommand.GET_CPUID:
+            raise KvmError(errno.EINVAL, "this KVM_TDX command needs a TD that is initialised and not yet finalised")
+        if command == TdxCommand.INIT_VCPU and isinstance(argument, int):
+            self._init(argument)
+            return None
+        if command == TdxCommand.INIT_MEM_REGION and isinstance(argument, TdxInitMemRegion):
+            self._init_mem_region(argument)
+            return None
+        if command == TdxCommand.GET_CPUID:
+            return self._get_cpuid()
+        raise KvmError(errno.EINVAL, f"KVM_MEMORY_ENCRYPT_OP {command} on a vCPU with {type(argument).__name__}")
+
+    def _init(self, initial_rcx: int) -> None:
+        if self.state is not VcpuState.UNINITIALIZED:
+            raise KvmError(errno.EINVAL, "KVM_TDX_INIT_VCPU was done before")
+        if not 0 <= initial_rcx < 1 << 64:
+            raise KvmError(errno.EINVAL, f"initial RCX {initial_rcx:#x}")
+        td, tdr, vm = self.td, self.td.require_tdr(), self.vcpu.vm
+        with vm.host.cpus.run(self.vcpu.cpu) as lp:
+            tdvpr = self.tdvpr = td.give(lambda page: sc.vp_create(lp, tdr, page), "TDVPR")
+            for _ in range(td.tdx.sysinfo.tdvps_pages - 1):
+                self.tdcx.append(td.give(lambda page: sc.vp_addcx(lp, tdvpr, page), "TDCX"))
+            self._cpu = lp.index
+            sc.vp_init(lp, tdvpr, initial_rcx, self.vcpu.vcpu_id)
+            assert vm.ept is not None
+            sc.vp_wr(lp, tdvpr, table("vmcs")[_SHARED_EPTP].field_id, vm.ept.root)
+        self.state = VcpuState.INITIALIZED
+
+    def _init_mem_region(self, region: TdxInitMemRegion) -> None:
+        """PAGE.ADD and, to measure, MR.EXTEND of each page; the source is user memory (kvm_gmem_populate)."""
+        vm, td = self.vcpu.vm, self.td
+        size = region.nr_pages * PAGE
+        if region.gpa % PAGE or region.source_addr % PAGE or region.nr_pages <= 0 or region.gpa < 0:
+            raise KvmError(errno.EINVAL, f"KVM_TDX_INIT_MEM_REGION of {region.nr_pages} pages at {region.gpa:#x}")
+        if region.gpa + size > td.shared_bit or not vm.private.all_private(region.gpa, region.gpa + size):
+            raise KvmError(errno.EINVAL, f"initial memory {region.gpa:#x}+{size:#x} is not private memory of the TD")
+        tdr = td.require_tdr()
+        with vm.host.cpus.run(self.vcpu.cpu) as lp:
+            for offset in range(0, size, PAGE):
+                gpa = region.gpa + offset
+                with vm.mmu_lock:
+                    slot = vm.memslots.find(gpa)
+                    if slot is None or slot.guest_memfd is None:
+                        raise KvmError(errno.EINVAL, f"GPA {gpa:#x} has no guest_memfd behind it")
+                    source = vm.mm.get_page(region.source_addr + offset)
+                    if td.secure.lookup(gpa) is not None:
+                        raise KvmError(errno.EEXIST, f"initial memory at GPA {gpa:#x} was added before")
+                    td.secure.add(lp, gpa, slot.guest_memfd.get_page(slot.file_offset(gpa) // PAGE), source)
+                    if region.measure:
+                        for chunk in range(gpa, gpa + PAGE, _EXTEND_CHUNK):
+                            sc.mr_extend(lp, tdr, chunk)
+                vm.host.cpus.yield_if_wanted(lp)
+
+    def _get_cpuid(self) -> list[CpuidEntry]:
+        """KVM_TDX_GET_CPUID: the values that the module shows the TD, of the leaves that were configurable."""
+        entries = []
+        for row in self.td.tdx.sysinfo.cpuid_config:
+            low, high = self._cpuid_values(row.leaf, row.subleaf)
+            entries.append(
+                CpuidEntry(row.leaf, row.subleaf, low & 0xFFFF_FFFF, low >> 32, high & 0xFFFF_FFFF, high >> 32)
+            )
+        return entries
+
+    def _cpuid_values(self, leaf: int, subleaf: int | None) -> tuple[int, int]:
+        from softtdx.abi.fields import CpuidFieldCode
+
+        field = table("td")["CPUID_VALUES"].field_id & ~0xFF_FFFF
+        with self.vcpu.vm.host.cpus.run() as lp:
+            low, high = (
+                sc.mng_rd(lp, self.td.require_tdr(), field | CpuidFieldCode(leaf, subleaf, element).encode())
+                for element in (0, 1)
+            )
+        return low, high
+
+    # --- scheduling
+    def load(self, lp: LogicalProcessor) -> None:
+        """On another processor than before: flush there first (tdx_vcpu_load)."""
+        if self.td.state is not TdState.RUNNABLE or self.state is not VcpuState.INITIALIZED:
+            raise KvmError(errno.EINVAL, "KVM_RUN before the TD is finalised or the vCPU is initialised")
+        if self._cpu not in (None, lp.index):
+            self.flush()
+        self._cpu = lp.index
+
+    def flush(self) -> None:
+        """TDH.VP.FLUSH on the processor that has the vCPU."""
+        if self._cpu is None or self.tdvpr is None:
+            return
+        tdvpr = self.tdvpr
+        self.vcpu.vm.host.cpus.call_on(self._cpu, lambda lp: sc.vp_flush(lp, tdvpr))
+        self._cpu = None
+
+    def free(self) -> None:
+        """Reclaim the TDVPS pages, after the KeyID is free."""
+        if self.td.hkid is not None:
+            return
+        for page in (*self.tdcx, *([self.tdvpr] if self.tdvpr is not None else [])):
+            self.td.reclaim_page(page)
+        self.tdcx.clear()
+        self.tdvpr = None
+        self.state = VcpuState.UNINITIALIZED
+
+    # --- running
+    def run(self, lp: LogicalProcessor) -> None:
+        """TDH.VP.ENTER. The registers that a TDVMCALL passed go back as its results."""
+        assert self.tdvpr is not None
+        regs = self.regs
+        regs.rax, regs.rcx = Leaf.VP_ENTER, self.tdvpr
+        lp.seamcall(regs)
+
+    def handle_exit(self, lp: LogicalProcessor) -> bool:
+        """Answer a TD exit; False to go to user space."""
+        regs, stats = self.regs, self.vcpu.vm.stats
+        rax = regs.rax
+        if rax & _ERROR:
+            if status_of(rax) in sc.BUSY:
+                stats["exits:busy"] += 1
+                return True
+            return self._failed(rax)
+        reason = rax & 0xFFFF
+        if reason == ExitReason.TDCALL:
+            stats["exits:TDVMCALL"] += 1
+            return handle_tdvmcall(self, regs)
+        stats[f"exits:{_NAMES.get(reason, reason)}"] += 1
+        if reason == ExitReason.EPT_VIOLATION:
+            return self._ept_violation(lp)
+        if reason in (ExitReason.EXTERNAL_INTERRUPT, ExitReason.EXCEPTION_OR_NMI, ExitReason.OTHER_SMI):
+            return True
+        if reason == ExitReason.TRIPLE_FAULT:
+            return self.vcpu.exit_to_user(KvmExit.SHUTDOWN)
+        return self._internal_error(f"TD exit {_NAMES.get(reason, reason)}, qualification {regs.rcx:#x}")
+
+    def _failed(self, rax: int) -> bool:
+        if rax & _NON_RECOVERABLE and rax & 0xFFFF == ExitReason.TRIPLE_FAULT:
+            self.vcpu.kvm_run.detail = "the TD took a triple fault"
+            return self.vcpu.exit_to_user(KvmExit.SHUTDOWN)
+        self.vcpu.kvm_run.detail = f"TDH.VP.ENTER: {describe(rax)}"
+        return self.vcpu.exit_to_user(KvmExit.FAIL_ENTRY)
+
+    def _internal_error(self, what: str) -> bool:
+        self.vcpu.kvm_run.detail = what
+        return self.vcpu.exit_to_user(KvmExit.INTERNAL_ERROR)
+
+    def _ept_violation(self, lp: LogicalProcessor) -> bool:
+        extended, gpa, vcpu = self.regs.rdx, self.regs.r8, self.vcpu
+        kind = extended & 0xF
+        if gpa & self.td.shared_bit:
+            plain = gpa & ~self.td.shared_bit
+            fault = shared_fault(vcpu, plain)
+            if fault is Fault.NO_MEMORY:
+                with vcpu.vm.mmu_lock:
+                    assert vcpu.vm.ept is not None
+                    vcpu.vm.ept.mark_mmio(plain)
+                return True
+            return fault is Fault.FIXED
+        if kind == ExtendedQualification.PENDING_EPT_VIOLATION:
+            self.vcpu.vm.mark_dead()
+            return self._internal_error(f"the TD touched private memory at {gpa:#x} before accepting it")
+        level = extended >> _REQUESTED_LEVEL & 7 if kind == ExtendedQualification.ACCEPT else 0
+        fault = private_fault(vcpu, lp, self.td.secure, gpa, level)
+        if fault is Fault.NO_MEMORY:
+            return self._internal_error(f"the TD touched private memory at {gpa:#x}, where it has none")
+        return fault is Fault.FIXED
+
+
+_NAMES = {int(reason): reason.name for reason in ExitReason}

@@ -1,0 +1,209 @@
+"""A VM: the ioctls on its file descriptor, and its end."""
+
+import errno
+from collections import Counter
+from threading import RLock
+from typing import TYPE_CHECKING
+
+from softtdx.abi.kvm import MEMORY_ATTRIBUTE_PRIVATE, KvmCap, MemorySlotFlag
+from softtdx.kvm.ept import Ept
+from softtdx.kvm.errors import KvmError
+from softtdx.kvm.guest_memfd import GuestMemfd
+from softtdx.kvm.memory import PAGE
+from softtdx.kvm.memslots import Memslot, Memslots, PrivateRanges
+from softtdx.kvm.vcpu import Vcpu
+from softtdx.kvm.x86_ops import choose
+
+if TYPE_CHECKING:
+    from softtdx.kvm.kvm import Kvm
+
+__all__ = ["Vm"]
+
+_MAX_GPA = 1 << 52
+
+
+class Vm:
+    """One VM. Its memory is described by memslots; `mmu_lock` guards everything that maps it."""
+
+    def __init__(self, kvm: "Kvm", vm_type: int) -> None:
+        """KVM_CREATE_VM."""
+        self.kvm = kvm
+        self.host = kvm.host
+        self.mm = kvm.mm
+        self.vm_type = vm_type
+        self.mmu_lock = RLock()
+        self.memslots = Memslots(_MAX_GPA)
+        self.private = PrivateRanges()
+        self.vcpus: dict[int, Vcpu] = {}
+        self.files: list[GuestMemfd] = []
+        self.stats: Counter[str] = Counter()
+        self.dead = False
+        self.closed = False
+        self.ept: Ept | None = None
+        self.ops = choose(self)
+
+    def check_extension(self, cap: int) -> int:
+        """KVM_CHECK_EXTENSION on a VM: what depends on its type."""
+        if cap == KvmCap.MEMORY_ATTRIBUTES:
+            return MEMORY_ATTRIBUTE_PRIVATE if self.ops.has_private_memory else 0
+        if cap == KvmCap.GUEST_MEMFD:
+            return int(self.ops.has_private_memory)
+        return self.kvm.check_extension(cap)
+
+    # --- memory
+    def create_guest_memfd(self, size: int, flags: int = 0) -> GuestMemfd:
+        """KVM_CREATE_GUEST_MEMFD. EINVAL for flags or for a VM without private memory."""
+        self._alive()
+        if flags or not self.ops.has_private_memory:
+            raise KvmError(errno.EINVAL, "KVM_CREATE_GUEST_MEMFD with flags, or for a VM without private memory")
+        file = GuestMemfd(self.host.memory, size)
+        self.files.append(file)
+        return file
+
+    def set_user_memory_region2(
+        self,
+        slot: int,
+        guest_phys_addr: int,
+        memory_size: int,
+        userspace_addr: int,
+        flags: int = 0,
+        guest_memfd: GuestMemfd | None = None,
+        guest_memfd_offset: int = 0,
+    ) -> None:
+        """KVM_SET_USER_MEMORY_REGION2: create a slot, or with size 0 delete it.
+
+        EINVAL for what is misaligned, above the GPA width (a GPA with the shared bit is), or moved while private;
+        EEXIST for an overlap; EFAULT for user memory that is not mapped.
+        """
+        self._alive()
+        with self.mmu_lock:
+            old = self.memslots.get(slot)
+            if memory_size == 0:
+                if old is None:
+                    raise KvmError(errno.EINVAL, f"there is no memory slot {slot} to delete")
+                self._delete_slot(old)
+                return
+            if old is not None:
+                raise KvmError(errno.EINVAL, f"memory slot {slot} exists; delete it before it is changed")
+            if bool(guest_memfd) != bool(flags & MemorySlotFlag.GUEST_MEMFD) or (
+                guest_memfd and not self.ops.has_private_memory
+            ):
+                raise KvmError(errno.EINVAL, f"memory slot {slot}: guest_memfd and KVM_MEM_GUEST_MEMFD do not agree")
+            new = Memslot(
+                slot,
+                MemorySlotFlag(flags),
+                guest_phys_addr,
+                memory_size,
+                userspace_addr,
+                guest_memfd,
+                guest_memfd_offset,
+            )
+            self.memslots.check(new)
+            if not self.mm.is_mapped(userspace_addr, memory_size):
+                raise KvmError(errno.EFAULT, f"memory slot {slot}: user memory {userspace_addr:#x} is not mapped")
+            if guest_memfd is not None:
+                guest_memfd.bind(guest_memfd_offset, memory_size, lambda o, n: self._invalidate(new, o, n))
+            self.memslots.put(new)
+
+    def set_memory_attributes(self, address: int, size: int, attributes: int) -> None:
+        """KVM_SET_MEMORY_ATTRIBUTES: make a range private or shared; what was mapped as the other goes."""
+        self._alive()
+        if not self.ops.has_private_memory or attributes & ~MEMORY_ATTRIBUTE_PRIVATE:
+            raise KvmError(errno.EINVAL, f"memory attributes {attributes:#x} are not supported for this VM")
+        if address % PAGE or size % PAGE or size <= 0 or address < 0 or address + size > self.memslots.max_gpa:
+            raise KvmError(errno.EINVAL, f"memory attributes of {address:#x}+{size:#x}")
+        with self.mmu_lock:
+            for start, end in self.private.set(address, address + size, attributes):
+                if attributes & MEMORY_ATTRIBUTE_PRIVATE:
+                    self._zap_shared(start, end)
+                else:
+                    self.ops.zap_private(start, end)
+            self.stats["conversions"] += 1
+
+    # --- vCPUs
+    def create_vcpu(self, vcpu_id: int) -> Vcpu:
+        """KVM_CREATE_VCPU. EEXIST for an id in use, EINVAL for one out of range."""
+        from softtdx.kvm.kvm import MAX_VCPUS
+
+        self._alive()
+        if not 0 <= vcpu_id < MAX_VCPUS:
+            raise KvmError(errno.EINVAL, f"vCPU id {vcpu_id}, must be 0 to {MAX_VCPUS - 1}")
+        if vcpu_id in self.vcpus:
+            raise KvmError(errno.EEXIST, f"vCPU {vcpu_id} exists")
+        vcpu = Vcpu(self, vcpu_id)
+        self.vcpus[vcpu_id] = vcpu
+        return vcpu
+
+    def memory_encrypt_op(self, command: int, argument: object = None) -> object:
+        """KVM_MEMORY_ENCRYPT_OP: a KVM_TDX_* command of the VM."""
+        self._alive()
+        return self.ops.memory_encrypt_op(command, argument)
+
+    def kick_all(self) -> None:
+        """Make every vCPU that is in the guest leave it once (KVM_REQ_OUTSIDE_GUEST_MODE)."""
+        for vcpu in list(self.vcpus.values()):
+            vcpu.leave_guest()
+
+    def mark_dead(self) -> None:
+        """kvm_vm_dead: something is wrong beyond repair; every ioctl but the last close fails with EIO."""
+        self.dead = True
+        for vcpu in list(self.vcpus.values()):
+            vcpu.kick()
+
+    # --- the end
+    def close(self) -> None:
+        """The last reference is gone: vCPUs, memory, keys, in the order that the module demands. No thread runs it."""
+        if self.closed:
+            return
+        self.closed = True
+        for vcpu in self.vcpus.values():
+            vcpu.leave_guest()
+            vcpu.ops.flush()
+        self.ops.release()
+        for vcpu in self.vcpus.values():
+            vcpu.ops.free()
+        self.vcpus.clear()
+        with self.mmu_lock:
+            for slot in list(self.memslots):
+                if slot.guest_memfd is not None:
+                    slot.guest_memfd.unbind(slot.guest_memfd_offset)
+                self.memslots.remove(slot.slot)
+        self.ops.destroy()
+        if self.ept is not None:
+            self.ept.free()
+            self.ept = None
+        for file in self.files:
+            file.close()
+        self.files.clear()
+        if self in self.kvm.vms:
+            self.kvm.vms.remove(self)
+
+    def _alive(self) -> None:
+        if self.dead or self.closed:
+            raise KvmError(errno.EIO, "the VM is dead")
+
+    def _delete_slot(self, slot: Memslot) -> None:
+        self._zap_shared(slot.gpa, slot.end)
+        if slot.guest_memfd is not None:
+            self.ops.zap_private(slot.gpa, slot.end)
+            slot.guest_memfd.unbind(slot.guest_memfd_offset)
+        self.memslots.remove(slot.slot)
+
+    def _invalidate(self, slot: Memslot, offset: int, size: int) -> None:
+        """A hole is punched in the file behind a slot."""
+        gpa = slot.gpa + offset - slot.guest_memfd_offset
+        with self.mmu_lock:
+            self.ops.zap_private(gpa, gpa + size)
+
+    def _zap_shared(self, start: int, end: int) -> None:
+        if self.ept is not None and self.ept.unmap(start, end):
+            self.flush_tlbs()
+
+    def flush_tlbs(self) -> None:
+        """INVEPT of the host's own EPT on every processor (kvm_flush_remote_tlbs)."""
+        ept = self.ept
+        if ept is None:
+            return
+        self.kick_all()
+        for vcpu in self.vcpus.values():
+            vcpu.tlb_flush_wanted = True

@@ -1,0 +1,118 @@
+"""The one table of operations behind KVM's generic part, and the chooser between its two implementations.
+
+`vmx` runs ordinary VMs in VMX non-root mode, `tdx` runs TDs through the TDX module; both side by side on one host.
+(Kernel: arch/x86/include/asm/kvm-x86-ops.h, arch/x86/kvm/vmx/main.c.)
+"""
+
+import errno
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+from softtdx.abi.kvm import KVM_X86_DEFAULT_VM, KVM_X86_TDX_VM
+from softtdx.hw import LogicalProcessor
+from softtdx.kvm.errors import KvmError
+from softtdx.kvm.uapi import Regs, Sregs
+
+if TYPE_CHECKING:
+    from softtdx.kvm.vcpu import Vcpu
+    from softtdx.kvm.vm import Vm
+
+__all__ = ["VcpuOps", "VmOps", "choose", "supported_types"]
+
+
+class VmOps(ABC):
+    """What a kind of VM does for the VM as a whole."""
+
+    has_private_memory = False
+
+    def __init__(self, vm: "Vm") -> None:
+        """KVM_CREATE_VM."""
+        self.vm = vm
+
+    @property
+    @abstractmethod
+    def shared_bit(self) -> int:
+        """The GPA bit that says shared; 0 where there is none."""
+
+    @abstractmethod
+    def vcpu_create(self, vcpu: "Vcpu") -> "VcpuOps":
+        """KVM_CREATE_VCPU."""
+
+    def memory_encrypt_op(self, command: int, argument: object) -> object:
+        """KVM_MEMORY_ENCRYPT_OP of the VM: ENOTTY for a VM that has no such thing."""
+        raise KvmError(errno.ENOTTY, f"this type of VM has no KVM_MEMORY_ENCRYPT_OP ({command}, {argument})")
+
+    def zap_private(self, start: int, end: int) -> None:
+        """Unmap private memory of [start, end) for good."""
+        raise KvmError(errno.EINVAL, f"this type of VM has no private memory ({start:#x} to {end:#x})")
+
+    @abstractmethod
+    def release(self) -> None:
+        """The VM is going: what must happen while its vCPUs still exist (mmu_release_hkid)."""
+
+    @abstractmethod
+    def destroy(self) -> None:
+        """The VM and its vCPUs are gone: give back what remains."""
+
+
+class VcpuOps(ABC):
+    """What a kind of VM does for one vCPU."""
+
+    def __init__(self, vcpu: "Vcpu") -> None:
+        """KVM_CREATE_VCPU."""
+        self.vcpu = vcpu
+
+    @abstractmethod
+    def load(self, lp: LogicalProcessor) -> None:
+        """The vCPU's thread is scheduled on `lp`."""
+
+    @abstractmethod
+    def run(self, lp: LogicalProcessor) -> None:
+        """Enter the guest and come back with its exit."""
+
+    @abstractmethod
+    def handle_exit(self, lp: LogicalProcessor) -> bool:
+        """Answer the exit. False: user space has to, struct kvm_run says what."""
+
+    @abstractmethod
+    def flush(self) -> None:
+        """Dissociate the vCPU from the processor it ran on last."""
+
+    @abstractmethod
+    def free(self) -> None:
+        """The vCPU is gone."""
+
+    def memory_encrypt_op(self, command: int, argument: object) -> object:
+        """KVM_MEMORY_ENCRYPT_OP of the vCPU."""
+        raise KvmError(errno.ENOTTY, f"this type of vCPU has no KVM_MEMORY_ENCRYPT_OP ({command}, {argument})")
+
+    def get_regs(self) -> Regs:
+        """KVM_GET_REGS: EINVAL where the state is protected."""
+        raise KvmError(errno.EINVAL, "the registers of this vCPU are protected")
+
+    def set_regs(self, regs: Regs) -> None:
+        """KVM_SET_REGS."""
+        raise KvmError(errno.EINVAL, f"the registers of this vCPU are protected (RIP {regs.rip:#x} refused)")
+
+    def set_sregs(self, sregs: Sregs) -> None:
+        """KVM_SET_SREGS2."""
+        raise KvmError(errno.EINVAL, f"the registers of this vCPU are protected (CR0 {sregs.cr0:#x} refused)")
+
+
+def supported_types(vm_can_tdx: bool) -> list[int]:
+    """KVM_CAP_VM_TYPES."""
+    return [KVM_X86_DEFAULT_VM, KVM_X86_TDX_VM] if vm_can_tdx else [KVM_X86_DEFAULT_VM]
+
+
+def choose(vm: "Vm") -> VmOps:
+    """The implementation for a VM's type: EINVAL for a type this host does not have."""
+    if vm.vm_type not in supported_types(vm.host.tdx is not None):
+        hint = ": TDX is not enabled" if vm.vm_type == KVM_X86_TDX_VM else ""
+        raise KvmError(errno.EINVAL, f"KVM_CREATE_VM of type {vm.vm_type}{hint}")
+    if vm.vm_type == KVM_X86_TDX_VM:
+        from softtdx.kvm.tdx import TdxVm
+
+        return TdxVm(vm)
+    from softtdx.kvm.vmx import VmxVm
+
+    return VmxVm(vm)

@@ -1,0 +1,71 @@
+"""What a leaf function works on: one `Call` for each logical processor, the module's per-LP data.
+
+A logical processor serves one SEAMCALL at a time, so its `Call` is made once and used again for every call.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from softtdx.hw.isa import SeamCpu
+from softtdx.hw.registers import Registers
+
+from .errors import LeafError
+from .locks import LockTable
+
+if TYPE_CHECKING:
+    from .state import GlobalState
+
+__all__ = ["Call"]
+
+
+class Call:
+    """The SEAMCALL that a logical processor is serving, and what the module keeps for that processor.
+
+    `cpu`: the instructions; `regs`: the host's registers, operands in and results out; `g`: the module's global
+    data. `version` is the leaf's version (RAX bits 23:16). `held` lists the locks that the dispatcher releases when
+    the leaf is over, whichever way it ends.
+
+    Per-LP data: `lp_initialized` (TDH.SYS.LP.INIT was done); `vp`: what VP.ENTER keeps (last TDVPR and so on).
+    """
+
+    __slots__ = ("cpu", "g", "held", "locks", "lp_initialized", "module", "regs", "version", "vp")
+
+    def __init__(self, module: Any, g: "GlobalState", cpu: SeamCpu) -> None:
+        """An idle, uninitialised logical processor."""
+        self.module = module
+        self.g = g
+        self.locks: LockTable = g.locks
+        self.cpu = cpu
+        self.regs = Registers()
+        self.version = 0
+        self.held: list[tuple[int, bool]] = []
+        self.lp_initialized = False
+        self.vp: Any = None
+
+    def lock(self, key: int, exclusive: bool, operand: int, *, guest: bool = False) -> None:
+        """Take a lock for the rest of the leaf. LeafError OPERAND_BUSY[_HOST_PRIORITY] with `operand`."""
+        busy = self.locks.acquire(key, exclusive, guest)
+        if busy:
+            raise LeafError(busy, operand)
+        self.held.append((key, exclusive))
+
+    def unlock(self, key: int, exclusive: bool) -> None:
+        """Give a lock back before the leaf is over."""
+        self.held.remove((key, exclusive))
+        self.locks.release(key, exclusive)
+
+    def release_since(self, mark: int) -> None:
+        """Give back the locks taken since `len(call.held)` was `mark`: a TDCALL ends, the vCPU's own locks stay."""
+        held = self.held
+        locks = self.locks
+        with locks.mutex:
+            while len(held) > mark:
+                locks.release_locked(*held.pop())
+
+    def release_all(self) -> None:
+        """Give back every lock of this leaf, the last first."""
+        locks = self.locks
+        held = self.held
+        with locks.mutex:
+            for key, exclusive in reversed(held):
+                locks.release_locked(key, exclusive)
+        held.clear()

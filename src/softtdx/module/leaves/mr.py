@@ -1,0 +1,38 @@
+"""TDH.MR.EXTEND: measure the content of a TD's initial memory."""
+
+from typing import Final
+
+from softtdx.abi.leaves import SeamcallLeaf
+from softtdx.abi.sept import STATE_MASK
+from softtdx.abi.status import Operand, Status
+
+from .. import measure, sept
+from ..context import Call
+from ..errors import LeafError, operand_invalid
+from ..locks import EXCLUSIVE
+from ..registry import seamcall
+from ..td import NO_LOCK, open_td
+
+CHUNK: Final = 256
+_STATES: Final = sept.host_states(SeamcallLeaf.MR_EXTEND)
+
+
+@seamcall(SeamcallLeaf.MR_EXTEND)
+def mr_extend(call: Call) -> None:
+    """TDH.MR.EXTEND: extend MRTD with 256 bytes of a page that was added, before TDH.MR.FINALIZE.
+
+    In: RCX = GPA (256-byte aligned), RDX = TDR. Out: RCX, RDX = the entry met, when it maps nothing.
+
+    Errors in order: those of `open_td` (TDR locked exclusively); OPERAND_INVALID RCX; EPT_ENTRY_NOT_PRESENT RCX
+    (nothing mapped), EPT_ENTRY_NOT_PRESENT (mapped, but not in state MAPPED).
+    """
+    regs = call.regs
+    gpa, tdr = regs.rcx, regs.rdx
+    regs.rcx = regs.rdx = 0
+    td = open_td(call, tdr, SeamcallLeaf.MR_EXTEND, Operand.RDX, EXCLUSIVE, NO_LOCK)
+    if gpa & (CHUNK - 1):
+        raise operand_invalid(Operand.RCX)
+    _, entry, level = sept.walk_to_leaf(td, gpa)
+    if entry & STATE_MASK not in _STATES:
+        raise LeafError(Status.EPT_ENTRY_NOT_PRESENT)
+    measure.extend(td, measure.mr_extend_record(gpa) + call.cpu.read(sept.leaf_hpa(entry, gpa, level), CHUNK))

@@ -1,0 +1,186 @@
+"""TDG.MEM.PAGE.*: a TD accepts pages, and reads and writes their attributes."""
+
+from typing import Final, NoReturn
+
+from softtdx.abi.exits import EPT_EXECUTABLE, EPT_READABLE, EPT_WRITABLE, EPT_WRITE, ExtendedQualification
+from softtdx.abi.leaves import TdcallLeaf
+from softtdx.abi.sept import ACCEPT_COUNTER_MASK, HPA_MASK, LEAF, STATE_MASK, TDEL, R, W, X
+from softtdx.abi.status import Operand, Status
+
+from .. import sept, tdcs
+from ..errors import LeafError, operand_invalid
+from ..registry import tdcall
+from ..transitions.guest import Guest, Resume
+
+_ACCEPT_STATES: Final = sept.guest_states(TdcallLeaf.MEM_PAGE_ACCEPT)
+_ATTR_RD_STATES: Final = sept.guest_states(TdcallLeaf.MEM_PAGE_ATTR_RD)
+_ATTR_WR_STATES: Final = sept.guest_states(TdcallLeaf.MEM_PAGE_ATTR_WR)
+
+PAGES_IN_2M: Final = 512
+PAGE: Final = 4096
+BURST: Final = 32  # pages zeroed between two looks for an interrupt
+PENDING_FLAG: Final = 1 << 62  # in the page information that ATTR.RD and WR return
+_VMS: Final = 4
+
+
+@tdcall(TdcallLeaf.MEM_PAGE_ACCEPT)
+def mem_page_accept(guest: Guest) -> None:
+    """TDG.MEM.PAGE.ACCEPT: take a pending page into use, zeroed.
+
+    In: RCX = GPA | level (0, 1).
+
+    Errors in order: OPERAND_INVALID RCX; PAGE_ALREADY_ACCEPTED with the level found; OPERAND_BUSY RCX;
+    PAGE_SIZE_MISMATCH with the level. A page that is not there, blocked, or pending at a larger size is an EPT
+    violation for the host, with what was asked for and what was met in the extended exit qualification. An interrupt
+    ends the zeroing of a 2 MiB page; the instruction goes on when the guest executes it again.
+    """
+    info = guest.regs.rcx
+    td = guest.td
+    cpu = guest.cpu
+    level = info & 7
+    if not sept.page_info_valid(info, 0, 1) or (info & ~7) & sept.forbidden_private(td):
+        raise operand_invalid(Operand.RCX)
+    at, entry, reached = sept.walk(cpu, td.pages[sept.ROOT_PAGE], sept.top_level(td), info, level)
+    if reached != level:
+        if entry & STATE_MASK in sept.GUEST_ACCESSIBLE:
+            raise LeafError(Status.PAGE_ALREADY_ACCEPTED, reached)
+        _leave(guest, info, entry, reached, ExtendedQualification.ACCEPT)
+    entry = _lock(guest, at, entry)
+    state = entry & STATE_MASK
+    if state not in _ACCEPT_STATES:
+        sept.unlock(cpu, at, entry)
+        if not entry & LEAF and state != sept.FREE:
+            raise LeafError(Status.PAGE_SIZE_MISMATCH, level)
+        if state in sept.GUEST_ACCESSIBLE:
+            raise LeafError(Status.PAGE_ALREADY_ACCEPTED, level)
+        _leave(guest, info, entry, level, ExtendedQualification.ACCEPT)
+
+    # The page stays the TD's at least until this vCPU leaves: TLB tracking sees to that.
+    if level:
+        zeroed = _zero_2m(guest, entry)
+        if zeroed < PAGES_IN_2M:
+            sept.store(cpu, at, entry, (entry & ~ACCEPT_COUNTER_MASK | zeroed * PAGE) & ~TDEL)
+            raise Resume
+        accepted = entry & ~ACCEPT_COUNTER_MASK
+    else:
+        cpu.zero_page(entry & HPA_MASK)
+        accepted = entry
+    accepted = sept.with_state(accepted, sept.MAPPED if state == sept.PENDING else sept.EXPORTED_DIRTY) | sept.ACCESS
+    sept.store(cpu, at, entry, accepted & ~TDEL)
+
+
+def _zero_2m(guest: Guest, entry: int) -> int:
+    """Zero a pending 2 MiB page from where the last attempt stopped; returns how many 4 KiB parts are done."""
+    cpu = guest.cpu
+    base = entry & HPA_MASK & ~ACCEPT_COUNTER_MASK
+    done = (entry & ACCEPT_COUNTER_MASK) // PAGE
+    burst = 1  # an interrupt that waits already is let through after one part
+    while True:
+        count = min(burst, PAGES_IN_2M - done)
+        cpu.zero_page(base + done * PAGE, count)
+        done += count
+        if done == PAGES_IN_2M or cpu.interrupt_pending():
+            return done
+        burst = BURST
+
+
+def _lock(guest: Guest, at: int, entry: int) -> int:
+    locked = sept.lock_guest(guest.cpu, at, entry)
+    if locked == sept.BUSY:
+        raise LeafError(Status.OPERAND_BUSY, Operand.RCX)
+    if locked == sept.BUSY_HOST_PRIORITY:
+        raise LeafError(Status.OPERAND_BUSY_HOST_PRIORITY, Operand.RCX)
+    return locked
+
+
+def _leave(guest: Guest, info: int, entry: int, level: int, kind: ExtendedQualification) -> NoReturn:
+    """EPT violation: a write, the rights of the entry met; levels, its state and whether it is a leaf in 63:32."""
+    qualification = (
+        EPT_WRITE
+        | (EPT_READABLE if entry & R else 0)
+        | (EPT_WRITABLE if entry & W else 0)
+        | (EPT_EXECUTABLE if entry & X else 0)
+    )
+    met = info & 7 | level << 3 | sept.public_state(entry) << 6 | (1 << 14 if entry & LEAF else 0)
+    guest.exit_ept_violation(info & HPA_MASK, qualification, kind | (met & 0xFFFF_FFFF) << 32)
+
+
+@tdcall(TdcallLeaf.MEM_PAGE_ATTR_RD)
+def mem_page_attr_rd(guest: Guest) -> None:
+    """TDG.MEM.PAGE.ATTR.RD: how a GPA is mapped, and with which rights for L2 VMs.
+
+    In: RCX = GPA. Out: RCX = its page | level | pending (bit 62), RDX = attributes, 16 bits for each VM.
+
+    Errors in order: OPERAND_INVALID RCX; OPERAND_BUSY RCX. A GPA without a page that the TD could use is an EPT
+    violation for the host.
+    """
+    regs = guest.regs
+    gpa = regs.rcx
+    td = guest.td
+    cpu = guest.cpu
+    try:
+        if gpa & sept.forbidden_private(td):
+            raise operand_invalid(Operand.RCX)
+        at, entry, level = sept.walk(cpu, td.pages[sept.ROOT_PAGE], sept.top_level(td), gpa, 0)
+        entry = _lock(guest, at, entry)
+    except LeafError:
+        regs.rcx = regs.rdx = 0
+        raise
+    sept.unlock(cpu, at, entry)
+    state = entry & STATE_MASK
+    if state not in _ATTR_RD_STATES:
+        guest.exit_ept_violation(gpa, 0)
+    regs.rcx = gpa & -(1 << (12 + 9 * level)) | level | (PENDING_FLAG if state in sept.ANY_PENDING else 0)
+    regs.rdx = 0
+
+
+@tdcall(TdcallLeaf.MEM_PAGE_ATTR_WR)
+def mem_page_attr_wr(guest: Guest) -> None:
+    """TDG.MEM.PAGE.ATTR.WR: change the rights of L2 VMs to a page.
+
+    In: RCX = GPA | level (0 to 2), RDX = attributes, R8 = their mask and INVEPT flags, 16 bits for each VM; those of
+    the L1 VM and of L2 VMs that the TD does not have must be 0. Out: RCX = page information, RDX = the attributes.
+
+    Errors in order: OPERAND_INVALID RDX, R8 (VM by VM), RCX; OPERAND_BUSY RCX; PAGE_SIZE_MISMATCH with the level. A
+    page that is not there, or of a larger size, is an EPT violation for the host.
+    """
+    regs = guest.regs
+    info = regs.rcx
+    try:
+        entry = _attr_wr(guest, info, regs.rdx, regs.r8)
+    except LeafError:
+        regs.rcx = regs.rdx = 0
+        raise
+    regs.rcx = info | (PENDING_FLAG if entry & STATE_MASK in sept.ANY_PENDING else 0)
+    regs.rdx = 0
+
+
+def _attr_wr(guest: Guest, info: int, attributes: int, flags: int) -> int:
+    """The leaf proper; returns the L1 entry."""
+    td = guest.td
+    cpu = guest.cpu
+    _check_attributes(attributes, flags, cpu.rd16(td.p0 + tdcs.NUM_L2_VMS))
+    if not sept.page_info_valid(info, 0, 2) or (info & ~7) & sept.forbidden_private(td):
+        raise operand_invalid(Operand.RCX)
+    level = info & 7
+    at, entry, reached = sept.walk(cpu, td.pages[sept.ROOT_PAGE], sept.top_level(td), info, level)
+    if reached != level:
+        _leave(guest, info, entry, reached, ExtendedQualification.ATTR_WR)
+    entry = _lock(guest, at, entry)
+    sept.unlock(cpu, at, entry)
+    state = entry & STATE_MASK
+    if not entry & LEAF and state != sept.FREE:
+        raise LeafError(Status.PAGE_SIZE_MISMATCH, level)
+    if state not in _ATTR_WR_STATES:
+        _leave(guest, info, entry, level, ExtendedQualification.ATTR_WR)
+    return entry
+
+
+def _check_attributes(attributes: int, flags: int, l2_vms: int) -> None:
+    for vm in range(_VMS):
+        if vm and vm <= l2_vms:
+            continue
+        if attributes >> 16 * vm & 0xFFFF:
+            raise operand_invalid(Operand.RDX)
+        if flags >> 16 * vm & 0xFFFF:
+            raise operand_invalid(Operand.R8)

@@ -1,0 +1,175 @@
+"""A vCPU's control structure within reach: its TDVPS pages, its association with a logical processor, its TD VMCS.
+
+A vCPU is associated with one logical processor at a time, the only one whose caches may hold its VMCS and its
+translations; TDH.VP.FLUSH takes it off (TDX Module Base Spec, "TD VCPU Association").
+"""
+
+import struct
+from typing import Final
+
+from softtdx.abi.opstate import VcpuState
+from softtdx.abi.status import Operand, Status
+
+from .. import tdcs, tdvps
+from ..atomics import add16, add32
+from ..context import Call
+from ..errors import LeafError
+from ..locks import SHARED
+from ..pamt import PageType, PamtPage, lock_page
+from ..td import LockId, Td
+
+__all__ = ["Vcpu", "flush_td_translations", "lock_tdvpr"]
+
+PAGE: Final = 0xFFF
+READY: Final = int(VcpuState.READY)
+DISABLED: Final = int(VcpuState.DISABLED)
+INVEPT_SINGLE_CONTEXT: Final = 1
+
+
+def lock_tdvpr(call: Call, pa: int, exclusive: bool, operand: int = Operand.RCX) -> PamtPage:
+    """Check and lock a TDVPR operand: the errors of `pamt.lock_page`."""
+    return lock_page(call, pa, PageType.TDVPR, exclusive, operand)
+
+
+def flush_td_translations(td: Td) -> None:
+    """INVEPT of each secure EPT of the TD on this processor."""
+    cpu = td.call.cpu
+    eptp = td.rd64(tdcs.EPTP)
+    roots = 1 + td.rd16(tdcs.NUM_L2_VMS)
+    for vm in range(roots):
+        base = td.pages[(tdcs.SEPT_ROOT >> 12) if vm == 0 else (tdcs.L2_SEPT_ROOT_1 >> 12) + vm - 1]
+        root = base & td.call.g.pa_mask & ~PAGE
+        cpu.invept(INVEPT_SINGLE_CONTEXT, eptp & PAGE | root)
+
+
+class Vcpu:
+    """A vCPU whose TDVPR is locked: accessors of its TDVPS by the offsets of `module.tdvps`.
+
+    `pages` are the bus addresses of its TDVPS pages, TD KeyID included; `p0` is the first, the TDVPR.
+    """
+
+    __slots__ = ("_cpu", "call", "p0", "pa", "pages", "td", "vmcs")
+
+    def __init__(self, call: Call, td: Td, pa: int) -> None:
+        """The vCPU whose TDVPR is at `pa`. LeafError TDCX_NUM_INCORRECT when pages are missing."""
+        cpu = call.cpu
+        self._cpu = cpu
+        self.call = call
+        self.td = td
+        self.pa = pa
+        self.p0 = p0 = pa | td.key_bits
+        count = cpu.rd8(p0 + tdvps.NUM_TDVPS_PAGES)
+        needed = tdvps.PAGES_BASE + tdvps.PAGES_PER_L2_VM * cpu.rd16(td.p0 + tdcs.NUM_L2_VMS)
+        if count < needed:
+            raise LeafError(Status.TDCX_NUM_INCORRECT)
+        self.pages = struct.unpack(f"<{needed}Q", cpu.read(p0 + tdvps.TDVPS_PAGE_PA, 8 * needed))
+        self.vmcs = self.pages[1]
+
+    # --- TDVPS fields, by offset
+    def rd8(self, at: int) -> int:
+        """A byte of the TDVPS."""
+        return self._cpu.rd8(self.pages[at >> 12] + (at & PAGE))
+
+    def rd16(self, at: int) -> int:
+        """16 bits of the TDVPS."""
+        return self._cpu.rd16(self.pages[at >> 12] + (at & PAGE))
+
+    def rd32(self, at: int) -> int:
+        """32 bits of the TDVPS."""
+        return self._cpu.rd32(self.pages[at >> 12] + (at & PAGE))
+
+    def rd64(self, at: int) -> int:
+        """64 bits of the TDVPS."""
+        return self._cpu.rd64(self.pages[at >> 12] + (at & PAGE))
+
+    def wr8(self, at: int, value: int) -> None:
+        """Write a byte of the TDVPS."""
+        self._cpu.wr8(self.pages[at >> 12] + (at & PAGE), value)
+
+    def wr16(self, at: int, value: int) -> None:
+        """Write 16 bits of the TDVPS."""
+        self._cpu.wr16(self.pages[at >> 12] + (at & PAGE), value)
+
+    def wr32(self, at: int, value: int) -> None:
+        """Write 32 bits of the TDVPS."""
+        self._cpu.wr32(self.pages[at >> 12] + (at & PAGE), value)
+
+    def wr64(self, at: int, value: int) -> None:
+        """Write 64 bits of the TDVPS."""
+        self._cpu.wr64(self.pages[at >> 12] + (at & PAGE), value)
+
+    def read(self, at: int, size: int) -> bytes:
+        """Bytes of the TDVPS, within one page."""
+        return self._cpu.read(self.pages[at >> 12] + (at & PAGE), size)
+
+    def write(self, at: int, data: bytes) -> None:
+        """Write bytes of the TDVPS, within one page."""
+        self._cpu.write(self.pages[at >> 12] + (at & PAGE), data)
+
+    # --- association
+    def associate(self, *, allow_disabled: bool = False) -> bool:
+        """Require an initialised vCPU and bind it to this processor; True when it was bound to none before.
+
+        LeafError VCPU_STATE_INCORRECT (the state in bits 31:0), VCPU_ASSOCIATED.
+        """
+        state = self._cpu.rd8(self.p0 + tdvps.VCPU_STATE)
+        if state != READY and not (allow_disabled and state == DISABLED):
+            raise LeafError(Status.VCPU_STATE_INCORRECT, state)
+        return self._bind()
+
+    def _bind(self) -> bool:
+        call = self.call
+        lpid = call.cpu.apic_id
+        at = self.p0 + tdvps.ASSOC_LPID
+        with call.g.mutex:  # LOCK CMPXCHG of a doubleword
+            found = self._cpu.rd32(at)
+            if found == lpid:
+                self._note_module()
+                return False
+            if found != tdvps.NO_LP:
+                raise LeafError(Status.VCPU_ASSOCIATED)
+            self._cpu.wr32(at, lpid)
+        self._note_module()
+        add32(self._cpu, self.td.p0 + tdcs.NUM_ASSOC_VCPUS, 1)
+        return True
+
+    def bind_new(self) -> None:
+        """TDH.VP.INIT: a new vCPU belongs to the processor that initialised it."""
+        self.wr32(tdvps.ASSOC_LPID, self.call.cpu.apic_id)
+        self._note_module()
+        add32(self._cpu, self.td.p0 + tdcs.NUM_ASSOC_VCPUS, 1)
+
+    def unbind(self) -> None:
+        """TDH.VP.FLUSH: back to no processor."""
+        self.wr32(tdvps.ASSOC_LPID, tdvps.NO_LP)
+        add32(self._cpu, self.td.p0 + tdcs.NUM_ASSOC_VCPUS, -1)
+
+    def _note_module(self) -> None:
+        """Remember which module ran the vCPU last: an updated one has to renew the VMCS's host state."""
+        index = self.call.g.seamdb_index
+        at = self.p0 + tdvps.LAST_SEAMDB_INDEX
+        if int.from_bytes(self._cpu.read(at, 8), "little") != index:
+            self._cpu.write(at, index.to_bytes(8, "little"))
+
+    # --- TLB tracking
+    def enter_epoch(self, *, newly_bound: bool) -> None:
+        """Join the current TD epoch, and forget translations of an older one. LeafError OPERAND_BUSY (TD_EPOCH)."""
+        td = self.td
+        td.lock(LockId.EPOCH, SHARED, Operand.TD_EPOCH)
+        epoch = td.rd64(tdcs.TD_EPOCH)
+        add16(self._cpu, td.p0 + tdcs.REFCOUNT + 2 * (epoch & 1), 1)
+        td.unlock(LockId.EPOCH, SHARED)
+        if epoch != self.rd64(tdvps.VCPU_EPOCH):
+            if not newly_bound:
+                flush_td_translations(td)
+            self.wr64(tdvps.VCPU_EPOCH, epoch)
+
+    def leave_epoch(self) -> None:
+        """The vCPU does not run any more: TDH.MEM.TRACK need not wait for it."""
+        epoch = self.rd64(tdvps.VCPU_EPOCH)
+        add16(self._cpu, self.td.p0 + tdcs.REFCOUNT + 2 * (epoch & 1), -1)
+
+    # --- TD VMCS
+    def load_vmcs(self) -> None:
+        """Make the TD VMCS this processor's current VMCS; `unload_vmcs` must follow before the leaf is over."""
+        self._cpu.vmptrld(self.vmcs)

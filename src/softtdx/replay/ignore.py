@@ -1,0 +1,53 @@
+"""Values in recordings that another run cannot reproduce: random numbers, time stamps, report MACs."""
+
+from typing import Any, Final
+
+__all__ = ["exit_registers", "guest_registers", "host_registers", "memory"]
+
+Step = dict[str, Any]
+
+TDH_MNG_RD: Final = 11
+TDH_VP_RD: Final = 26
+TDG_VM_RD: Final = 7
+TDG_VP_RD: Final = 9
+
+# Class and field code of what cannot agree.
+_CODE: Final = 0x3F << 56 | 0xFF_FFFF
+_TD_FIELDS: Final = frozenset(
+    [*(0x00 << 56 | 0x20 + i for i in range(4))]  # TD_UUID
+    + [0x11 << 56 | 0x0A, 0x11 << 56 | 0x0D]  # TSC_OFFSET, VIRTUAL_TSC
+    + [0x18 << 56 | code for code in range(0x10, 0x20)]  # migration keys
+    + [0x18 << 56 | 0x40 + i for i in range(4)]  # PRE_IMPORT_UUID
+    + [0x02 << 56 | 0x01]  # SEAMDB_INDEX
+)
+_VP_FIELDS: Final = frozenset([0x20 << 56 | 0x0A, 0x2010])  # LAST_EXIT_TSC, TSC_OFFSET of the TD VMCS
+
+
+def host_registers(step: Step) -> frozenset[str]:
+    """Output registers of a host step that are not compared."""
+    field = int(step["in"].get("rdx", "0"), 0)
+    if step["leaf"] == TDH_MNG_RD and field & _CODE in _TD_FIELDS:
+        return frozenset({"r8"})
+    if step["leaf"] == TDH_VP_RD and field & _CODE in _VP_FIELDS:
+        return frozenset({"r8"})
+    return frozenset()
+
+
+def guest_registers(event: Step) -> frozenset[str]:
+    """Output registers of a TDCALL that are not compared."""
+    if event.get("leaf") == TDG_VM_RD and int(event["in"].get("rdx", "0"), 0) & _CODE in _TD_FIELDS:
+        return frozenset({"r8"})
+    return frozenset()
+
+
+def exit_registers(event: Step) -> frozenset[str]:
+    """Host registers at a TD exit that are not compared."""
+    del event
+    return frozenset()
+
+
+def memory(step: Step, at: int) -> bool:
+    """Whether the 16 bytes at an offset are not compared: of a TDREPORT what hardware writes."""
+    if "ignore" not in step:
+        return False
+    return 0x10 <= at < 0x50 or 0xE0 <= at < 0x200

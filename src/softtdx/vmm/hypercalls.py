@@ -1,0 +1,91 @@
+"""The TDVMCALLs that KVM leaves to the VMM: MapGPA, GetQuote, SetupEventNotifyInterrupt, GetTdVmCallInfo."""
+
+from softtdx.abi.ghci import VmcallLeaf, VmcallStatus
+from softtdx.abi.kvm import HC_MAP_GPA_RANGE, MAP_GPA_RANGE_ENCRYPTED, MEMORY_ATTRIBUTE_PRIVATE
+from softtdx.attest.getquote import GetQuote
+from softtdx.kvm import KvmError, Vm
+from softtdx.kvm.memory import PAGE
+from softtdx.kvm.uapi import HypercallExit, TdxExit
+from softtdx.vmm.errors import MachineError
+
+__all__ = ["GuestSharedMemory", "HypercallServices"]
+
+_EINVAL = 22
+
+
+class GuestSharedMemory:
+    """The shared memory of a VM, by GPA without the shared bit. MachineError where there is none."""
+
+    def __init__(self, vm: Vm) -> None:
+        """Of this VM."""
+        self._vm = vm
+
+    def read(self, gpa: int, size: int) -> bytes:
+        """`size` bytes from `gpa`."""
+        return self._vm.mm.read(self._hva(gpa, size), size)
+
+    def write(self, gpa: int, data: bytes) -> None:
+        """The bytes to `gpa`."""
+        self._vm.mm.write(self._hva(gpa, len(data)), data)
+
+    def _hva(self, gpa: int, size: int) -> int:
+        slot = self._vm.memslots.find(gpa)
+        if slot is None or gpa + size > slot.end or not self._vm.private.all_shared(gpa, gpa + size):
+            raise MachineError(f"GPA {gpa:#x}+{size:#x} is not shared memory of the guest")
+        return slot.hva(gpa)
+
+
+class HypercallServices:
+    """Answers KVM_EXIT_HYPERCALL and KVM_EXIT_TDX of one VM."""
+
+    def __init__(self, vm: Vm, get_quote: GetQuote | None) -> None:
+        """`get_quote` serves GetQuote; without one the guest is told that there is no such service."""
+        self._vm = vm
+        self._get_quote = get_quote
+        self._memory = GuestSharedMemory(vm)
+        self.event_notify_vector: int | None = None
+
+    def hypercall(self, request: HypercallExit) -> None:
+        """KVM_HC_MAP_GPA_RANGE: convert, and give back the memory behind the other alias."""
+        if request.nr != HC_MAP_GPA_RANGE:
+            request.ret = _EINVAL
+            return
+        gpa, pages, attributes = request.args
+        private = bool(attributes & MAP_GPA_RANGE_ENCRYPTED)
+        try:
+            self._convert(gpa, pages * PAGE, private)
+        except KvmError as error:
+            request.ret = error.errno or _EINVAL
+
+    def _convert(self, gpa: int, size: int, private: bool) -> None:
+        vm = self._vm
+        at = gpa
+        while at < gpa + size:
+            slot = vm.memslots.find(at)
+            if slot is None:
+                raise KvmError(_EINVAL, f"MapGPA of {at:#x}, where the machine has no memory")
+            at = slot.end
+        vm.set_memory_attributes(gpa, size, MEMORY_ATTRIBUTE_PRIVATE if private else 0)
+        at = gpa
+        while at < gpa + size:
+            slot = vm.memslots.find(at)
+            assert slot is not None
+            end = min(slot.end, gpa + size)
+            if private:
+                vm.mm.discard(slot.hva(at), end - at)
+            elif slot.guest_memfd is not None:
+                slot.guest_memfd.punch_hole(slot.file_offset(at), end - at)
+            at = end
+
+    def tdx(self, request: TdxExit) -> None:
+        """GetQuote and its companions."""
+        if request.nr == VmcallLeaf.GET_QUOTE and self._get_quote is not None:
+            gpa, size = request.data
+            request.ret = self._get_quote.call(self._memory, gpa, size, lambda: None)
+            # Served before the call returns, so that a run does not depend on how fast this machine signs.
+            self._get_quote.run_pending()
+        elif request.nr == VmcallLeaf.SETUP_EVENT_NOTIFY_INTERRUPT:
+            self.event_notify_vector = request.data[0]
+            request.ret = VmcallStatus.SUCCESS
+        elif request.nr == VmcallLeaf.GET_TDVMCALL_INFO:
+            request.ret, request.r11, request.r12 = VmcallStatus.SUCCESS, int(self._get_quote is not None), 0

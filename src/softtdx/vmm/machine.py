@@ -1,0 +1,328 @@
+"""The machine: QEMU's part. RAM, launcher and payload, devices, and a thread for every vCPU.
+
+It uses KVM's ioctl surface and nothing below it. The same machine is a TD or, with `vm`, an ordinary VM.
+"""
+
+import threading
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from time import perf_counter
+
+from softtdx.abi.fields import table
+from softtdx.abi.kvm import (
+    KVM_X86_DEFAULT_VM,
+    KVM_X86_TDX_VM,
+    MEMORY_ATTRIBUTE_PRIVATE,
+    KvmExit,
+    MemorySlotFlag,
+    TdxCommand,
+)
+from softtdx.abi.structs import Attributes
+from softtdx.abi.vmcs import AR_CODE32, AR_DATA32
+from softtdx.attest.getquote import GetQuote
+from softtdx.kvm import Host, Kvm, KvmError, Vcpu
+from softtdx.kvm.uapi import KvmRun, Regs, Segment, Sregs, TdxCapabilities, TdxInitMemRegion, TdxInitVm
+from softtdx.vmm.devices import PortBus
+from softtdx.vmm.errors import MachineError
+from softtdx.vmm.hypercalls import HypercallServices
+from softtdx.vmm.launcher import FIRMWARE_BASE, PAGE, firmware_image, lay_out
+from softtdx.vmm.payload import Payload
+from softtdx.vmm.quoting import QuotingService
+
+__all__ = ["End", "Machine", "MachineConfig", "MachineResult"]
+
+MAX_VCPUS = 64
+_RESET_VECTOR = 0xFFFF_FFF0
+_CR0_PE_NE = 0x21
+_POLL = 0.05  # seconds between two looks of a waiting thread at signals
+
+
+class End(Enum):
+    """Why a machine stopped."""
+
+    EXIT = "exit"  # the guest wrote a status to the exit port
+    HALTED = "halted"  # every vCPU halted and nothing can wake it
+    FATAL = "fatal error"  # TDG.VP.VMCALL<ReportFatalError>
+    CRASH = "crash"  # triple fault, or something KVM could not go on from
+    STOPPED = "stopped"  # from outside: Ctrl-C
+
+
+@dataclass(frozen=True)
+class MachineConfig:
+    """What machine is built. `memory` in bytes."""
+
+    memory: int = 64 << 20
+    vcpus: int = 1
+    vm: bool = False
+    debug_td: bool = False
+    mrconfigid: bytes = bytes(48)
+    mrowner: bytes = bytes(48)
+    mrownerconfig: bytes = bytes(48)
+
+    def __post_init__(self) -> None:
+        """MachineError for what no machine can have."""
+        if not 1 <= self.vcpus <= MAX_VCPUS:
+            raise MachineError(f"{self.vcpus} vCPUs; a machine has 1 to {MAX_VCPUS}")
+        if self.memory < 1 << 20:
+            raise MachineError(f"{self.memory} bytes of memory; a machine needs at least 1 MiB")
+
+
+@dataclass
+class MachineResult:
+    """How a run went."""
+
+    end: End
+    status: int | None = None
+    message: str = ""
+    console: bytes = b""
+    mrtd: bytes | None = None
+    instructions: int = 0
+    wall_s: float = 0.0
+    stats: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def ok(self) -> bool:
+        """Whether the guest ended as it meant to."""
+        return self.end is End.HALTED or (self.end is End.EXIT and self.status == 0)
+
+
+class Machine:
+    """One machine. Build it, `load` a payload, `run` it, `close` it (or use it in a with statement)."""
+
+    def __init__(
+        self,
+        host: Host,
+        config: MachineConfig | None = None,
+        *,
+        console: Callable[[bytes], None] | None = None,
+        quoting: QuotingService | None = None,
+    ) -> None:
+        """KVM_CREATE_VM and, for a TD, KVM_TDX_INIT_VM. `console` gets serial output as it comes."""
+        self.config = config or MachineConfig()
+        self.host = host
+        self._console = bytearray()
+        self._sink = console
+        self._lock = threading.Condition()
+        self._ending: MachineResult | None = None
+        self._idle: set[int] = set()
+        self._wakes = 0
+        self._ports = PortBus(self._output, self._exit, self._park, self._wake)
+        self.kvm = Kvm(host)
+        try:
+            self.vm = self.kvm.create_vm(KVM_X86_DEFAULT_VM if self.config.vm else KVM_X86_TDX_VM)
+            get_quote = GetQuote(quoting.quote) if quoting is not None else None
+            self._services = HypercallServices(self.vm, get_quote)
+            self.vcpus: list[Vcpu] = []
+            if not self.config.vm:
+                self._init_td()
+        except KvmError as error:
+            self.kvm.mm.close()
+            raise MachineError(f"the machine cannot be built: {error.strerror}") from error
+
+    def __enter__(self) -> "Machine":
+        """Itself."""
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Close."""
+        self.close()
+
+    # --- building
+    def _init_td(self) -> None:
+        caps = self.vm.memory_encrypt_op(TdxCommand.CAPABILITIES)
+        assert isinstance(caps, TdxCapabilities)
+        attributes = Attributes.SEPT_VE_DISABLE | (Attributes.DEBUG if self.config.debug_td else 0)
+        supported = {(e.function, e.index): e for e in self.kvm.get_supported_cpuid()}
+        cpuid = tuple(supported[e.function, e.index] for e in caps.cpuid if (e.function, e.index) in supported)
+        self.vm.memory_encrypt_op(
+            TdxCommand.INIT_VM,
+            TdxInitVm(
+                attributes=attributes,
+                mrconfigid=self.config.mrconfigid,
+                mrowner=self.config.mrowner,
+                mrownerconfig=self.config.mrownerconfig,
+                cpuid=cpuid,
+            ),
+        )
+
+    def load(self, payload: Payload) -> None:
+        """Put launcher and payload into memory and make the vCPUs. MachineError when they do not fit."""
+        layout = lay_out(payload, self.config.memory, self.config.vcpus)
+        self.load_contents([(FIRMWARE_BASE, firmware_image(layout)), *layout.present])
+
+    def load_contents(self, contents: list[tuple[int, bytes]]) -> None:
+        """The same with any initial memory: (GPA, whole pages), the firmware below 4 GiB first."""
+        try:
+            self._add_memory(0, 0, self.config.memory)
+            self._add_memory(1, contents[0][0], len(contents[0][1]))
+            for vcpu_id in range(self.config.vcpus):
+                self._add_vcpu(vcpu_id)
+            for gpa, data in contents:
+                self._place(gpa, data)
+            if not self.config.vm:
+                self.vm.memory_encrypt_op(TdxCommand.FINALIZE_VM)
+        except KvmError as error:
+            raise MachineError(f"the machine cannot be built: {error.strerror}") from error
+
+    def _add_memory(self, slot: int, gpa: int, size: int) -> None:
+        hva = self.kvm.mm.mmap(size)
+        if self.config.vm:
+            self.vm.set_user_memory_region2(slot, gpa, size, hva)
+            return
+        file = self.vm.create_guest_memfd(size)
+        self.vm.set_user_memory_region2(slot, gpa, size, hva, MemorySlotFlag.GUEST_MEMFD, file)
+        self.vm.set_memory_attributes(gpa, size, MEMORY_ATTRIBUTE_PRIVATE)
+
+    def _add_vcpu(self, vcpu_id: int) -> None:
+        vcpu = self.vm.create_vcpu(vcpu_id)
+        self.vcpus.append(vcpu)
+        vcpu.set_cpuid2(self.kvm.get_supported_cpuid())
+        if not self.config.vm:
+            vcpu.memory_encrypt_op(TdxCommand.INIT_VCPU, 0)
+            return
+        flat = Segment(0x10, 0, 0xFFFF_FFFF, AR_DATA32)
+        code = Segment(0x08, 0, 0xFFFF_FFFF, AR_CODE32)
+        vcpu.set_sregs(Sregs(cs=code, ds=flat, es=flat, fs=flat, gs=flat, ss=flat, cr0=_CR0_PE_NE))
+        vcpu.set_regs(Regs((0, 0, 0, 48, 0, 0, vcpu_id) + (0,) * 9, _RESET_VECTOR))
+
+    def _place(self, gpa: int, data: bytes) -> None:
+        """Initial contents: written by the VMM, or for a TD added and measured from a copy that is dropped after."""
+        mm = self.kvm.mm
+        if self.config.vm:
+            slot = self.vm.memslots.find(gpa)
+            assert slot is not None
+            mm.write(slot.hva(gpa), data)
+            return
+        source = mm.mmap(len(data))
+        mm.write(source, data)
+        region = TdxInitMemRegion(source, gpa, len(data) // PAGE)
+        self.vcpus[0].memory_encrypt_op(TdxCommand.INIT_MEM_REGION, region)
+        mm.munmap(source)
+
+    # --- running
+    def run(self) -> MachineResult:
+        """Run until the guest ends, or `stop`. KeyboardInterrupt stops the machine and is passed on."""
+        start, before = perf_counter(), self._instructions()
+        threads = [
+            threading.Thread(target=self._run_vcpu, args=(vcpu,), name=f"vcpu{vcpu.vcpu_id}", daemon=True)
+            for vcpu in self.vcpus
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            with self._lock:
+                while self._ending is None:
+                    self._lock.wait(_POLL)
+        except KeyboardInterrupt:
+            self.stop()
+            raise
+        finally:
+            self._kick_until_gone(threads)
+        result = self._ending
+        assert result is not None
+        result.console, result.wall_s = bytes(self._console), perf_counter() - start
+        result.instructions, result.stats = self._instructions() - before, self.vm.stats
+        result.mrtd = self.mrtd()
+        return result
+
+    def stop(self) -> None:
+        """End the run from outside."""
+        self._finish(MachineResult(End.STOPPED, message="stopped"))
+
+    def mrtd(self) -> bytes | None:
+        """The TD's MRTD, which a host may read (TDH.MNG.RD); None for an ordinary VM."""
+        from softtdx.kvm.tdx import TdxVm
+
+        ops = self.vm.ops
+        if not isinstance(ops, TdxVm) or self.vm.closed:
+            return None
+        count = table("td")["MRTD"].num_elements
+        return b"".join(ops.read_td_field("MRTD", i).to_bytes(8, "little") for i in range(count))
+
+    def close(self) -> None:
+        """Tear the machine down: every page and KeyID goes back."""
+        self.vm.close()
+        self.kvm.mm.close()
+
+    def _kick_until_gone(self, threads: list[threading.Thread]) -> None:
+        for vcpu, thread in zip(self.vcpus, threads, strict=True):
+            while thread.is_alive():
+                vcpu.kick()
+                thread.join(0.01)
+
+    def _instructions(self) -> int:
+        return sum(lp.core.counters()["instructions"] for lp in self.host.platform.lps)
+
+    def _run_vcpu(self, vcpu: Vcpu) -> None:
+        try:
+            while self._ending is None:
+                self._handle(vcpu, vcpu.run())
+        except KvmError as error:
+            if self._ending is None:
+                self._finish(MachineResult(End.CRASH, message=str(error.strerror)))
+        except Exception as error:  # a bug of ours must not leave the machine waiting for ever
+            self._finish(MachineResult(End.CRASH, message=f"{type(error).__name__}: {error}"))
+            raise
+
+    def _handle(self, vcpu: Vcpu, run: KvmRun) -> None:
+        reason = run.exit_reason
+        if reason is KvmExit.IO and run.io is not None:
+            self._ports.access(vcpu.vcpu_id, run.io)
+        elif reason is KvmExit.HYPERCALL and run.hypercall is not None:
+            self._services.hypercall(run.hypercall)
+        elif reason is KvmExit.TDX and run.tdx is not None:
+            self._services.tdx(run.tdx)
+        elif reason is KvmExit.HLT:
+            self._wait(vcpu.vcpu_id, lambda: False)
+        elif reason is KvmExit.MMIO and run.mmio is not None:
+            run.mmio.value = (1 << 8 * run.mmio.size) - 1
+        elif reason is KvmExit.MEMORY_FAULT and run.memory_fault is not None:
+            fault = run.memory_fault
+            attributes = MEMORY_ATTRIBUTE_PRIVATE if fault.private else 0
+            self.vm.set_memory_attributes(fault.gpa, fault.size, attributes)
+        elif reason is KvmExit.SYSTEM_EVENT and run.fatal is not None:
+            text = run.fatal.message.decode("ascii", "replace")
+            self._finish(
+                MachineResult(
+                    End.FATAL, run.fatal.error, f"the guest reported a fatal error {run.fatal.error:#x}: {text}"
+                )
+            )
+        elif reason is not KvmExit.INTR:
+            self._finish(MachineResult(End.CRASH, message=run.detail or f"KVM_EXIT_{reason.name}"))
+
+    # --- what devices do
+    def _output(self, data: bytes) -> None:
+        self._console += data
+        if self._sink is not None:
+            self._sink(data)
+
+    def _exit(self, status: int) -> None:
+        self._finish(MachineResult(End.EXIT, status, "" if status == 0 else f"the guest ended with status {status}"))
+
+    def _park(self, vcpu: int) -> None:
+        with self._lock:
+            seen = self._wakes
+        self._wait(vcpu, lambda: self._wakes != seen)
+
+    def _wake(self) -> None:
+        with self._lock:
+            self._wakes += 1
+            self._lock.notify_all()
+
+    def _wait(self, vcpu: int, awake: Callable[[], bool]) -> None:
+        """The vCPU sleeps until `awake`; when all sleep and nothing is left to wake one, the machine has halted."""
+        with self._lock:
+            self._idle.add(vcpu)
+            if len(self._idle) == len(self.vcpus):
+                self._finish(MachineResult(End.HALTED))
+            while self._ending is None and not awake():
+                self._lock.wait(_POLL)
+            self._idle.discard(vcpu)
+
+    def _finish(self, result: MachineResult) -> None:
+        with self._lock:
+            if self._ending is None:
+                self._ending = result
+            self._lock.notify_all()
