@@ -3,6 +3,7 @@
 //! Reading order: [`mem`] (DRAM and the memory-encryption engine), [`cpu`] (the interpreter, its walks and
 //! VMX non-root operation), `face` (the thin PyO3 binding, only with the `python` feature).
 
+pub mod cpu;
 #[cfg(feature = "python")]
 pub mod face;
 pub mod mem;

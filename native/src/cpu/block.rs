@@ -21,7 +21,10 @@ pub struct Link {
     space: u64,
 }
 
-const UNLINKED: Link = Link { block: NONE, space: 0 };
+const UNLINKED: Link = Link {
+    block: NONE,
+    space: 0,
+};
 
 /// One block.
 #[derive(Clone)]
@@ -99,7 +102,14 @@ impl Default for Cache {
             blocks: Vec::new(),
             uops: Vec::new(),
             by_pa: HashMap::default(),
-            jumps: Box::new([Jump { rip: 0, space: 0, mode: 0, block: NONE }; JUMPS]),
+            jumps: Box::new(
+                [Jump {
+                    rip: 0,
+                    space: 0,
+                    mode: 0,
+                    block: NONE,
+                }; JUMPS],
+            ),
             key_generation: 0,
         }
     }
@@ -139,12 +149,18 @@ impl Cache {
     #[inline(always)]
     pub fn jump(&self, rip: u64, space: u64, mode: u32) -> Option<u32> {
         let jump = &self.jumps[jump_index(rip)];
-        (jump.rip == rip && jump.space == space && jump.mode == mode && jump.block != NONE).then_some(jump.block)
+        (jump.rip == rip && jump.space == space && jump.mode == mode && jump.block != NONE)
+            .then_some(jump.block)
     }
 
     pub fn note_jump(&mut self, rip: u64, space: u64, mode: u32, block: u32) {
         if self.blocks[block as usize].pa2 == 0 {
-            self.jumps[jump_index(rip)] = Jump { rip, space, mode, block };
+            self.jumps[jump_index(rip)] = Jump {
+                rip,
+                space,
+                mode,
+                block,
+            };
         }
     }
 
@@ -216,7 +232,9 @@ impl Cache {
         cpu.counters.decoded += 1;
         let page = (0x1000 - (pa & 0xfff)) as usize;
         let mut bytes = vec![0; page];
-        let Some(generation) = cpu.watch_code(pa) else { return Ok(None) };
+        let Some(generation) = cpu.watch_code(pa) else {
+            return Ok(None);
+        };
         if cpu.phys_read(pa, &mut bytes).is_err() {
             return Ok(None);
         }
@@ -226,7 +244,9 @@ impl Cache {
             Ok(decoded) => decoded,
             Err(Trouble::Crosses) => {
                 let next = second(cpu)?;
-                let Some(watched) = cpu.watch_code(next) else { return Ok(None) };
+                let Some(watched) = cpu.watch_code(next) else {
+                    return Ok(None);
+                };
                 let mut more = [0; 16];
                 if cpu.phys_read(next, &mut more).is_err() {
                     return Ok(None);

@@ -65,11 +65,19 @@ impl Cpu {
 
     pub fn write_cr3(&mut self, value: u64) -> Result<(), Stop> {
         let keep = self.cr4 & cr4::PCIDE != 0 && value >> 63 != 0;
-        let value = if self.cr4 & cr4::PCIDE != 0 { value & !(1 << 63) } else { value };
+        let value = if self.cr4 & cr4::PCIDE != 0 {
+            value & !(1 << 63)
+        } else {
+            value
+        };
         if self.long_mode() && value >> self.options.pa_bits.min(52) != 0 {
             return Err(self.gp(0));
         }
-        if self.paging() && self.cr4 & cr4::PAE != 0 && !self.long_mode() && !self.load_pdptes(value)? {
+        if self.paging()
+            && self.cr4 & cr4::PAE != 0
+            && !self.long_mode()
+            && !self.load_pdptes(value)?
+        {
             return Err(self.gp(0));
         }
         let before = self.cr3;
@@ -116,14 +124,18 @@ impl Cpu {
             4 => (value ^ ctl.cr4_shadow) & ctl.cr4_mask != 0,
             3 => {
                 let targets = self.vmcs.get(field::CR3_TARGET_COUNT).min(4) as usize;
-                let listed = (0..targets).any(|n| self.vmcs.get(field::CR3_TARGET0.nth(n)) == value);
+                let listed =
+                    (0..targets).any(|n| self.vmcs.get(field::CR3_TARGET0.nth(n)) == value);
                 ctl.primary(primary::CR3_LOAD) && !listed
             }
             8 => ctl.primary(primary::CR8_LOAD),
             _ => false,
         };
         if exits {
-            return Err(self.exit_with(reason::CR_ACCESS, u64::from(number) | u64::from(register) << 8));
+            return Err(self.exit_with(
+                reason::CR_ACCESS,
+                u64::from(number) | u64::from(register) << 8,
+            ));
         }
         Ok(())
     }
@@ -135,7 +147,10 @@ impl Cpu {
             _ => false,
         };
         if exits {
-            return Err(self.exit_with(reason::CR_ACCESS, u64::from(number) | 1 << 4 | u64::from(register) << 8));
+            return Err(self.exit_with(
+                reason::CR_ACCESS,
+                u64::from(number) | 1 << 4 | u64::from(register) << 8,
+            ));
         }
         Ok(())
     }

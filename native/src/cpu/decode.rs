@@ -59,12 +59,22 @@ pub enum Trouble {
 }
 
 /// Decodes from `bytes`, of which the first `page` lie in the first page, and appends the micro-operations to `into`.
-pub fn decode(bytes: &[u8], page: usize, mode: u32, into: &mut Vec<Uop>) -> Result<Decoded, Trouble> {
+pub fn decode(
+    bytes: &[u8],
+    page: usize,
+    mode: u32,
+    into: &mut Vec<Uop>,
+) -> Result<Decoded, Trouble> {
     let mut decoder = Decoder::new(bitness(mode), bytes, DecoderOptions::MPX);
     decoder.set_ip(0);
     let max = if mode & mode::STEP != 0 { 1 } else { MAX };
     let first = into.len();
-    let mut out = Decoded { bytes: 0, count: 0, taken: 0, crosses: false };
+    let mut out = Decoded {
+        bytes: 0,
+        count: 0,
+        taken: 0,
+        crosses: false,
+    };
     let mut insn = Instruction::default();
     loop {
         let at = decoder.position();
@@ -218,11 +228,19 @@ fn memory(insn: &Instruction, uop: &mut Uop, mode: u32) {
     if bits == 64 {
         uop.ea = if size == 4 { ea::LOW32 } else { ea::FLAT };
         // The bases of ES, CS, SS and DS read as zero in 64-bit mode.
-        uop.seg = if matches!(segment, state::FS | state::GS) { (SEG_BASE + segment) as u8 } else { ZERO as u8 };
+        uop.seg = if matches!(segment, state::FS | state::GS) {
+            (SEG_BASE + segment) as u8
+        } else {
+            ZERO as u8
+        };
     } else {
         uop.ea = match size {
             2 if base == Register::None && insn.memory_index() == Register::None => {
-                if bits == 32 { ea::LEGACY32 } else { ea::LEGACY16 }
+                if bits == 32 {
+                    ea::LEGACY32
+                } else {
+                    ea::LEGACY16
+                }
             }
             2 => ea::LEGACY16,
             _ => ea::LEGACY32,

@@ -13,7 +13,6 @@ use super::walk::access;
 mod epte {
     pub const R: u64 = 1;
     pub const W: u64 = 2;
-    pub const X: u64 = 4;
     pub const LEAF: u64 = 1 << 7;
     pub const A: u64 = 1 << 8;
     pub const D: u64 = 1 << 9;
@@ -41,7 +40,13 @@ pub struct EptTlb(Box<[Cached; ENTRIES]>);
 
 impl EptTlb {
     pub fn new() -> EptTlb {
-        EptTlb(Box::new([Cached { tag: 0, pa: 0, rights: 0 }; ENTRIES]))
+        EptTlb(Box::new(
+            [Cached {
+                tag: 0,
+                pa: 0,
+                rights: 0,
+            }; ENTRIES],
+        ))
     }
     pub fn clear(&mut self) {
         for entry in self.0.iter_mut() {
@@ -68,40 +73,70 @@ pub struct Page {
 #[derive(Clone, Copy, Debug)]
 enum Refusal {
     /// `rights`: what the GPA does allow. `convertible`: the entry does not suppress #VE.
-    Violation { rights: u8, convertible: bool },
+    Violation {
+        rights: u8,
+        convertible: bool,
+    },
     Misconfiguration,
 }
 
 impl Cpu {
     /// Translates `gpa` for `access`. `linear` is what it stands for, if anything; `table`: the access is to a
     /// paging-structure entry on the way to it.
-    pub fn translate_gpa(&mut self, gpa: u64, access: u8, linear: Option<u64>, table: bool) -> Result<Page, Stop> {
+    pub fn translate_gpa(
+        &mut self,
+        gpa: u64,
+        access: u8,
+        linear: Option<u64>,
+        table: bool,
+    ) -> Result<Page, Stop> {
         let wanted = access & 7;
         let cached = self.ept.0[(gpa >> 12) as usize & (ENTRIES - 1)];
         if cached.tag == gpa & !0xfff | 1 && cached.rights & wanted == wanted {
-            return Ok(Page { pa: cached.pa | gpa & 0xfff, writable: cached.rights & access::WRITE != 0 });
+            return Ok(Page {
+                pa: cached.pa | gpa & 0xfff,
+                writable: cached.rights & access::WRITE != 0,
+            });
         }
         self.translate_gpa_miss(gpa, wanted, linear, table)
     }
 
     #[cold]
     #[inline(never)]
-    fn translate_gpa_miss(&mut self, gpa: u64, access: u8, linear: Option<u64>, table: bool) -> Result<Page, Stop> {
+    fn translate_gpa_miss(
+        &mut self,
+        gpa: u64,
+        access: u8,
+        linear: Option<u64>,
+        table: bool,
+    ) -> Result<Page, Stop> {
         if !self.ctl.secondary(secondary::EPT) {
-            return Ok(Page { pa: gpa, writable: true });
+            return Ok(Page {
+                pa: gpa,
+                writable: true,
+            });
         }
         match self.walk_ept(gpa, access, table, true)? {
             Ok((pa, rights)) => {
-                self.ept.0[(gpa >> 12) as usize & (ENTRIES - 1)] =
-                    Cached { tag: gpa & !0xfff | 1, pa: pa & !0xfff, rights };
-                Ok(Page { pa, writable: rights & access::WRITE != 0 })
+                self.ept.0[(gpa >> 12) as usize & (ENTRIES - 1)] = Cached {
+                    tag: gpa & !0xfff | 1,
+                    pa: pa & !0xfff,
+                    rights,
+                };
+                Ok(Page {
+                    pa,
+                    writable: rights & access::WRITE != 0,
+                })
             }
             Err(Refusal::Misconfiguration) => {
                 let stop = self.exit_with(reason::EPT_MISCONFIGURATION, 0);
                 self.exit.physical = gpa;
                 Err(stop)
             }
-            Err(Refusal::Violation { rights, convertible }) => {
+            Err(Refusal::Violation {
+                rights,
+                convertible,
+            }) => {
                 let mut qualification = u64::from(access) | u64::from(rights) << 3;
                 if let Some(linear) = linear {
                     qualification |= 1 << 7 | u64::from(!table) << 8;
@@ -113,8 +148,18 @@ impl Cpu {
     }
 
     /// An EPT violation: #VE if the entry and the VMCS allow it, a VM exit otherwise.
-    fn ept_violation(&mut self, qualification: u64, linear: u64, gpa: u64, convertible: bool) -> Stop {
-        if convertible && self.ctl.secondary(secondary::EPT_VE) && self.protected() && self.delivering.is_none() {
+    fn ept_violation(
+        &mut self,
+        qualification: u64,
+        linear: u64,
+        gpa: u64,
+        convertible: bool,
+    ) -> Stop {
+        if convertible
+            && self.ctl.secondary(secondary::EPT_VE)
+            && self.protected()
+            && self.delivering.is_none()
+        {
             match self.fill_ve_page(qualification, linear, gpa) {
                 Ok(true) => return self.raise(20, None),
                 Ok(false) => {}
@@ -149,8 +194,17 @@ impl Cpu {
     }
 
     /// The walk. The outer error is a machine check and the like on the way.
-    fn walk_ept(&mut self, gpa: u64, access: u8, table: bool, mark: bool) -> Result<Result<(u64, u8), Refusal>, Stop> {
-        let nothing = Refusal::Violation { rights: 0, convertible: false };
+    fn walk_ept(
+        &mut self,
+        gpa: u64,
+        access: u8,
+        table: bool,
+        mark: bool,
+    ) -> Result<Result<(u64, u8), Refusal>, Stop> {
+        let nothing = Refusal::Violation {
+            rights: 0,
+            convertible: false,
+        };
         let pointer = self.ctl.eptp;
         let mut level = (pointer >> 3 & 7) as u32 + 1;
         if !(4..=5).contains(&level) {
@@ -158,16 +212,34 @@ impl Cpu {
         }
         let tdx = self.ctl.shared_bit != 0;
         let shared = gpa & self.ctl.shared_bit != 0;
-        if gpa >> (12 + 9 * level).min(52) != 0 || tdx && gpa & !(self.ctl.shared_bit * 2 - 1) != 0 {
+        if gpa >> (12 + 9 * level).min(52) != 0 || tdx && gpa & !(self.ctl.shared_bit * 2 - 1) != 0
+        {
             return Ok(Err(nothing));
         }
         let marks = pointer & eptp::AD != 0 && !shared;
         // With accessed and dirty flags, the processor's own reads of guest page tables count as writes.
-        let access = if marks && table { access | access::WRITE } else { access };
+        let access = if marks && table {
+            access | access::WRITE
+        } else {
+            access
+        };
         let dram = (1u64 << self.keyid_shift) - 1;
         let secure = tdx && !shared;
-        let place = |address: u64, cpu: &Cpu| if secure { address & dram | cpu.ctl.hkid } else { address };
-        let mut at_table = place(if shared { self.ctl.shared_eptp } else { pointer } & epte::ADDRESS, self);
+        let place = |address: u64, cpu: &Cpu| {
+            if secure {
+                address & dram | cpu.ctl.hkid
+            } else {
+                address
+            }
+        };
+        let mut at_table = place(
+            if shared {
+                self.ctl.shared_eptp
+            } else {
+                pointer
+            } & epte::ADDRESS,
+            self,
+        );
         let mut rights = 7u8;
         loop {
             let shift = 12 + 9 * (level - 1);
@@ -178,7 +250,10 @@ impl Cpu {
             let entry = self.phys_rd64(at)?;
             let convertible = entry & epte::SUPPRESS_VE == 0;
             if entry & 7 == 0 {
-                return Ok(Err(Refusal::Violation { rights: 0, convertible }));
+                return Ok(Err(Refusal::Violation {
+                    rights: 0,
+                    convertible,
+                }));
             }
             let leaf = level == 1 || entry & epte::LEAF != 0;
             if self.epte_misconfigured(entry, level, leaf, secure) {
@@ -189,13 +264,22 @@ impl Cpu {
                 // Permission is judged on the whole path; an upper entry that already forbids ends the walk here only
                 // for the purpose of the answer.
                 if rights & access != access {
-                    return Ok(Err(Refusal::Violation { rights, convertible }));
+                    return Ok(Err(Refusal::Violation {
+                        rights,
+                        convertible,
+                    }));
                 }
             }
             if mark && marks {
-                let wanted = epte::A | if leaf && access & access::WRITE != 0 { epte::D } else { 0 };
+                let wanted = epte::A
+                    | if leaf && access & access::WRITE != 0 {
+                        epte::D
+                    } else {
+                        0
+                    };
                 if entry & wanted != wanted
-                    && self.phys_cas(at, 8, entry.into(), (entry | wanted).into())? != u128::from(entry)
+                    && self.phys_cas(at, 8, entry.into(), (entry | wanted).into())?
+                        != u128::from(entry)
                 {
                     continue;
                 }
@@ -218,7 +302,9 @@ impl Cpu {
 
     /// An address outside the Secure EPT: its KeyID is one that this place may name.
     fn host_address_ok(&self, address: u64) -> bool {
-        self.mem.split(address).is_ok_and(|(keyid, _)| !self.mem.is_private(keyid))
+        self.mem
+            .split(address)
+            .is_ok_and(|(keyid, _)| !self.mem.is_private(keyid))
     }
 
     fn epte_misconfigured(&self, entry: u64, level: u32, leaf: bool, secure: bool) -> bool {

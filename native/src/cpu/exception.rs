@@ -28,15 +28,28 @@ pub struct Event {
 
 impl Event {
     pub fn hardware(vector: u8, error: Option<u32>) -> Event {
-        Event { vector, kind: kind::HARDWARE, error, length: 0 }
+        Event {
+            vector,
+            kind: kind::HARDWARE,
+            error,
+            length: 0,
+        }
     }
 
     pub fn external(vector: u8) -> Event {
-        Event { vector, kind: kind::EXTERNAL, error: None, length: 0 }
+        Event {
+            vector,
+            kind: kind::EXTERNAL,
+            error: None,
+            length: 0,
+        }
     }
 
     fn exception(&self) -> bool {
-        matches!(self.kind, kind::HARDWARE | kind::PRIVILEGED | kind::SOFT_EXCEPTION)
+        matches!(
+            self.kind,
+            kind::HARDWARE | kind::PRIVILEGED | kind::SOFT_EXCEPTION
+        )
     }
 
     /// Interruption information, valid bit included.
@@ -195,8 +208,15 @@ impl Cpu {
         let code = match self.descriptor(selector, 13) {
             Ok(code) => code,
             Err(stop) => {
-                if let StopKind::Exception { vector: 13, error: Some(code) } = self.stop {
-                    self.stop = StopKind::Exception { vector: 13, error: Some(code | external) };
+                if let StopKind::Exception {
+                    vector: 13,
+                    error: Some(code),
+                } = self.stop
+                {
+                    self.stop = StopKind::Exception {
+                        vector: 13,
+                        error: Some(code | external),
+                    };
                 }
                 return Err(stop);
             }
@@ -208,7 +228,11 @@ impl Cpu {
         if !code.present() {
             return Err(self.raise(11, Some(error)));
         }
-        let cpl = if code.conforming() { self.cpl } else { code.dpl() };
+        let cpl = if code.conforming() {
+            self.cpl
+        } else {
+            code.dpl()
+        };
         Ok((code, cpl))
     }
 
@@ -224,7 +248,8 @@ impl Cpu {
         let gate = u128::from_le_bytes(gate);
         let (low, high) = (gate as u64, (gate >> 64) as u64);
         let gate_kind = low >> 40 & 0x1f;
-        if !matches!(gate_kind, 0xe | 0xf) || event.software() && ((low >> 45 & 3) as u8) < self.cpl {
+        if !matches!(gate_kind, 0xe | 0xf) || event.software() && ((low >> 45 & 3) as u8) < self.cpl
+        {
             return Err(self.gp(index_error | external));
         }
         if low >> 47 & 1 == 0 {
@@ -257,7 +282,11 @@ impl Cpu {
         for (place, word) in frame.chunks_exact_mut(8).zip(words) {
             place.copy_from_slice(&word.to_le_bytes());
         }
-        let frame = if event.error.is_some() { &frame[..] } else { &frame[8..] };
+        let frame = if event.error.is_some() {
+            &frame[..]
+        } else {
+            &frame[8..]
+        };
         let bottom = top.wrapping_sub(frame.len() as u64);
         if !self.canonical(top) || !self.canonical(bottom) {
             return Err(self.raise(12, Some(external)));
@@ -268,7 +297,12 @@ impl Cpu {
         self.mark_accessed(&mut code)?;
         self.push_frame(bottom, frame, cpl)?;
         if inner {
-            self.seg[SS] = Segment { sel: cpl.into(), rights: UNUSABLE | u32::from(cpl) << 5, limit: 0, base: 0 };
+            self.seg[SS] = Segment {
+                sel: cpl.into(),
+                rights: UNUSABLE | u32::from(cpl) << 5,
+                limit: 0,
+                base: 0,
+            };
         }
         self.gpr[RSP] = bottom;
         self.enter_handler(code, selector, cpl, target, gate_kind & 1 == 0);
@@ -284,7 +318,14 @@ impl Cpu {
         }
     }
 
-    fn enter_handler(&mut self, code: Descriptor, selector: u16, cpl: u8, target: u64, interrupt_gate: bool) {
+    fn enter_handler(
+        &mut self,
+        code: Descriptor,
+        selector: u16,
+        cpl: u8,
+        target: u64,
+        interrupt_gate: bool,
+    ) {
         let mut flags = self.flags & !(TF | NT | RF | VM);
         if interrupt_gate {
             flags &= !IF;
@@ -316,14 +357,20 @@ impl Cpu {
                 return Err(self.raise(10, Some(tss_error)));
             }
             let at = tss.base.wrapping_add(offset.into());
-            (u64::from(self.system_u32(at)?), self.system_u16(at.wrapping_add(4))?)
+            (
+                u64::from(self.system_u32(at)?),
+                self.system_u16(at.wrapping_add(4))?,
+            )
         } else {
             let offset = 2 + u32::from(cpl) * 4;
             if offset + 3 > tss.limit {
                 return Err(self.raise(10, Some(tss_error)));
             }
             let at = tss.base.wrapping_add(offset.into());
-            (u64::from(self.system_u16(at)?), self.system_u16(at.wrapping_add(2))?)
+            (
+                u64::from(self.system_u16(at)?),
+                self.system_u16(at.wrapping_add(2))?,
+            )
         };
         let error = u32::from(ss & !3) | external;
         if ss & !3 == 0 {
@@ -370,7 +417,11 @@ impl Cpu {
             return Err(self.gp(external));
         }
         let inner = cpl < self.cpl;
-        let (stack, esp) = if inner { self.tss_stack(cpl, external)? } else { (self.seg[SS], self.gpr[RSP]) };
+        let (stack, esp) = if inner {
+            self.tss_stack(cpl, external)?
+        } else {
+            (self.seg[SS], self.gpr[RSP])
+        };
         let rip = self.rip.wrapping_add(event.length.into());
         let mut words = Vec::with_capacity(6);
         words.extend(event.error.map(u64::from));
@@ -452,7 +503,12 @@ impl Cpu {
             let bytes: Vec<u8> = frame.iter().flat_map(|word| word.to_le_bytes()).collect();
             self.mark_accessed(&mut code)?;
             self.push_frame(bottom, &bytes, cpl)?;
-            self.seg[SS] = Segment { sel: cpl.into(), rights: UNUSABLE | u32::from(cpl) << 5, limit: 0, base: 0 };
+            self.seg[SS] = Segment {
+                sel: cpl.into(),
+                rights: UNUSABLE | u32::from(cpl) << 5,
+                limit: 0,
+                base: 0,
+            };
             self.gpr[RSP] = bottom;
         } else {
             let (stack, esp) = self.tss_stack(cpl, external)?;

@@ -18,7 +18,16 @@ pub struct X87 {
 
 impl Default for X87 {
     fn default() -> Self {
-        X87 { regs: [(0, 0); 8], control: 0x37f, status: 0, top: 0, valid: 0, opcode: 0, ip: 0, dp: 0 }
+        X87 {
+            regs: [(0, 0); 8],
+            control: 0x37f,
+            status: 0,
+            top: 0,
+            valid: 0,
+            opcode: 0,
+            ip: 0,
+            dp: 0,
+        }
     }
 }
 
@@ -37,6 +46,11 @@ pub const MXCSR_MASK: u32 = 0xffff;
 
 impl Default for Ext {
     fn default() -> Self {
-        Ext { x87: X87::default(), mxcsr: MXCSR_INIT, xmm: [0; 16], ymm: [0; 16] }
+        Ext {
+            x87: X87::default(),
+            mxcsr: MXCSR_INIT,
+            xmm: [0; 16],
+            ymm: [0; 16],
+        }
     }
 }

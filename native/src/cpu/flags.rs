@@ -49,13 +49,23 @@ pub struct Lazy {
 
 impl Default for Lazy {
     fn default() -> Self {
-        Lazy { kind: Kind::Bits, shift: 0, res: 0, src: 0 }
+        Lazy {
+            kind: Kind::Bits,
+            shift: 0,
+            res: 0,
+            src: 0,
+        }
     }
 }
 
 impl Lazy {
     pub fn bits(flags: u64) -> Lazy {
-        Lazy { kind: Kind::Bits, shift: 0, res: 0, src: flags & ARITH }
+        Lazy {
+            kind: Kind::Bits,
+            shift: 0,
+            res: 0,
+            src: flags & ARITH,
+        }
     }
 
     #[inline(always)]

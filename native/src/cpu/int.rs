@@ -110,7 +110,9 @@ macro_rules! int {
             }
             #[inline(always)]
             unsafe fn cas(at: *mut u8, old: Self, new: Self) -> Result<(), Self> {
-                (*at.cast::<$atomic>()).compare_exchange(old, new, Ordering::SeqCst, Ordering::SeqCst).map(|_| ())
+                (*at.cast::<$atomic>())
+                    .compare_exchange(old, new, Ordering::SeqCst, Ordering::SeqCst)
+                    .map(|_| ())
             }
         }
     };
@@ -147,13 +149,30 @@ int!(
         *register = *register & !0xffff | u64::from(v);
     }
 );
-int!(u32, i32, AtomicU32, |cpu, r| cpu.gpr[usize::from(r)] as u32, |cpu, r, v| cpu.gpr[usize::from(r)] = u64::from(v));
-int!(u64, i64, AtomicU64, |cpu, r| cpu.gpr[usize::from(r)], |cpu, r, v| cpu.gpr[usize::from(r)] = v);
+int!(
+    u32,
+    i32,
+    AtomicU32,
+    |cpu, r| cpu.gpr[usize::from(r)] as u32,
+    |cpu, r, v| cpu.gpr[usize::from(r)] = u64::from(v)
+);
+int!(
+    u64,
+    i64,
+    AtomicU64,
+    |cpu, r| cpu.gpr[usize::from(r)],
+    |cpu, r, v| cpu.gpr[usize::from(r)] = v
+);
 
 /// Lazy flags of a result.
 #[inline(always)]
 pub fn lazy<T: Int>(kind: Kind, res: T, src: u64) -> Lazy {
-    Lazy { kind, shift: (64 - T::BITS) as u8, res: res.sext(), src }
+    Lazy {
+        kind,
+        shift: (64 - T::BITS) as u8,
+        res: res.sext(),
+        src,
+    }
 }
 
 /// Picks the instance of a generic handler by operand size in bytes.

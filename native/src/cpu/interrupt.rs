@@ -46,7 +46,8 @@ impl Cpu {
             || self.dr[7] & 0xff != 0
             || !shadow
                 && (self.interruptible()
-                    && (self.ctl.primary(primary::INT_WINDOW) || self.virtual_interrupt().is_some())
+                    && (self.ctl.primary(primary::INT_WINDOW)
+                        || self.virtual_interrupt().is_some())
                     || self.ctl.primary(primary::NMI_WINDOW) && self.nmi_possible()
                     || self.nmi_waits && self.nmi_possible()
                     || self.interrupt_waits && self.interrupt_exits_now())
@@ -64,9 +65,15 @@ impl Cpu {
             let rate = self.options.tsc_per_1024.max(1);
             let instructions = if self.options.tsc_real {
                 // Look at the clock every so often.
-                if left == 0 { 0 } else { 20_000 }
+                if left == 0 {
+                    0
+                } else {
+                    20_000
+                }
             } else {
-                (u128::from(left) * 1024).div_ceil(rate.into()).min(u64::MAX.into()) as u64
+                (u128::from(left) * 1024)
+                    .div_ceil(rate.into())
+                    .min(u64::MAX.into()) as u64
             };
             stop = stop.min(self.icount.saturating_add(instructions));
         }
@@ -82,7 +89,10 @@ impl Cpu {
         if posted & event::POSTED != 0 {
             self.notification()?;
         }
-        if self.host_timer.is_some_and(|deadline| self.tsc() >= deadline) {
+        if self
+            .host_timer
+            .is_some_and(|deadline| self.tsc() >= deadline)
+        {
             self.host_timer = None;
             self.interrupt_waits = true;
         }
@@ -106,7 +116,10 @@ impl Cpu {
             self.mtf_pending = false;
             return Err(self.boundary_exit(reason::MTF, 0));
         }
-        if self.pending_debug & 0x500f != 0 && self.blocking & block::MOV_SS == 0 && self.activity != SHUTDOWN {
+        if self.pending_debug & 0x500f != 0
+            && self.blocking & block::MOV_SS == 0
+            && self.activity != SHUTDOWN
+        {
             self.activity = ACTIVE;
             self.take(Event::hardware(1, None))?;
         }
@@ -120,7 +133,8 @@ impl Cpu {
                 return Err(self.boundary_exit(reason::PREEMPTION_TIMER, 0));
             }
         }
-        if self.ctl.primary(primary::NMI_WINDOW) && self.nmi_possible() && self.activity < SHUTDOWN {
+        if self.ctl.primary(primary::NMI_WINDOW) && self.nmi_possible() && self.activity < SHUTDOWN
+        {
             self.activity = ACTIVE;
             return Err(self.boundary_exit(reason::NMI_WINDOW, 0));
         }
@@ -160,7 +174,11 @@ impl Cpu {
 
     fn nmi_deliverable(&self) -> bool {
         // With virtual NMIs, blocking by NMI is the guest's own and does not keep a real NMI out.
-        let blocked = if self.ctl.pin(pin::VIRTUAL_NMI) { 0 } else { self.blocking & block::NMI };
+        let blocked = if self.ctl.pin(pin::VIRTUAL_NMI) {
+            0
+        } else {
+            self.blocking & block::NMI
+        };
         blocked == 0 && self.blocking & block::MOV_SS == 0 && self.activity != WAIT_FOR_SIPI
     }
 
@@ -171,7 +189,12 @@ impl Cpu {
             return Err(stop);
         }
         self.activity = ACTIVE;
-        self.take(Event { vector: 2, kind: super::exception::kind::NMI, error: None, length: 0 })?;
+        self.take(Event {
+            vector: 2,
+            kind: super::exception::kind::NMI,
+            error: None,
+            length: 0,
+        })?;
         self.blocking |= block::NMI;
         Ok(())
     }
@@ -190,7 +213,10 @@ impl Cpu {
             if !woken {
                 if let Ok(guard) = self.shared.lock.lock() {
                     if self.shared.events.load(Ordering::SeqCst) == 0 {
-                        let _ = self.shared.wake.wait_timeout(guard, Duration::from_millis(20));
+                        let _ = self
+                            .shared
+                            .wake
+                            .wait_timeout(guard, Duration::from_millis(20));
                     }
                 }
                 woken = self.shared.events.load(Ordering::SeqCst) != 0;
@@ -203,7 +229,10 @@ impl Cpu {
         }
         if !woken {
             // Time passes while the processor sleeps: a virtual timer is reached at once.
-            let next = [self.host_timer, self.preempt_at].into_iter().flatten().min();
+            let next = [self.host_timer, self.preempt_at]
+                .into_iter()
+                .flatten()
+                .min();
             if let (Some(deadline), false) = (next, self.options.tsc_real) {
                 let jump = deadline.saturating_sub(self.tsc());
                 self.shared.tsc_jump.fetch_add(jump, Ordering::Relaxed);
@@ -219,7 +248,10 @@ impl Cpu {
         if posted & event::POSTED != 0 {
             self.notification()?;
         }
-        if self.host_timer.is_some_and(|deadline| self.tsc() >= deadline) {
+        if self
+            .host_timer
+            .is_some_and(|deadline| self.tsc() >= deadline)
+        {
             self.host_timer = None;
             self.interrupt_waits = true;
         }
@@ -245,7 +277,11 @@ impl Cpu {
         if self.dr[7] & 0xff == 0 || self.flags & super::flags::RF != 0 {
             return false;
         }
-        let linear = if self.long { self.rip } else { self.rip.wrapping_add(self.seg[super::state::CS].base) & 0xffff_ffff };
+        let linear = if self.long {
+            self.rip
+        } else {
+            self.rip.wrapping_add(self.seg[super::state::CS].base) & 0xffff_ffff
+        };
         let mut hit = 0;
         for number in 0..4 {
             let enabled = self.dr[7] >> (number * 2) & 3 != 0;
@@ -291,7 +327,10 @@ impl Cpu {
     }
 
     fn set_status(&mut self, rvi: u8, svi: u8) {
-        self.vmcs.set(field::GUEST_INTR_STATUS, u64::from(svi) << 8 | u64::from(rvi));
+        self.vmcs.set(
+            field::GUEST_INTR_STATUS,
+            u64::from(svi) << 8 | u64::from(rvi),
+        );
     }
 
     fn rvi(&self) -> u8 {
@@ -302,7 +341,11 @@ impl Cpu {
     pub fn update_vppr(&mut self) -> Result<(), Stop> {
         let tpr = self.vapic_read(0x80)? as u8;
         let svi = self.svi();
-        self.vppr = if tpr >> 4 >= svi >> 4 { tpr } else { svi & 0xf0 };
+        self.vppr = if tpr >> 4 >= svi >> 4 {
+            tpr
+        } else {
+            svi & 0xf0
+        };
         self.vapic_write(0xa0, self.vppr.into())
     }
 
@@ -358,7 +401,9 @@ impl Cpu {
         let rvi = self.rvi();
         self.set_status(rvi, svi);
         self.update_vppr()?;
-        let bitmap = self.vmcs.get(field::EOI_EXIT0.nth(usize::from(vector >> 6)));
+        let bitmap = self
+            .vmcs
+            .get(field::EOI_EXIT0.nth(usize::from(vector >> 6)));
         if bitmap >> (vector & 63) & 1 != 0 {
             let stop = self.exit_with(reason::VIRTUALIZED_EOI, vector.into());
             self.exit.after = true;
@@ -386,7 +431,9 @@ impl Cpu {
         // Outstanding-notification bit.
         loop {
             let control = self.phys_rd64(descriptor + 32)?;
-            if self.phys_cas(descriptor + 32, 8, control.into(), (control & !1).into())? == u128::from(control) {
+            if self.phys_cas(descriptor + 32, 8, control.into(), (control & !1).into())?
+                == u128::from(control)
+            {
                 break;
             }
         }

@@ -27,7 +27,10 @@ impl Cpu {
             ("fs_base", self.seg[super::state::FS].base),
             ("gs_base", self.seg[super::state::GS].base),
         ];
-        state.extend([("instructions", self.icount), ("interruptibility", self.blocking.into())]);
+        state.extend([
+            ("instructions", self.icount),
+            ("interruptibility", self.blocking.into()),
+        ]);
         state
     }
 
@@ -39,7 +42,11 @@ impl Cpu {
                 self.set_rflags(value);
                 self.refresh();
             }
-            other => return Err(format!("no live register {other:?}; there are rip, rsp and rflags")),
+            other => {
+                return Err(format!(
+                    "no live register {other:?}; there are rip, rsp and rflags"
+                ))
+            }
         }
         Ok(())
     }
@@ -57,7 +64,8 @@ impl Cpu {
             let at = linear.wrapping_add(done as u64);
             let part = (size - done).min((0x1000 - (at & 0xfff)) as usize);
             let pa = self.probe(at, false).ok_or(untranslated(at))?;
-            self.mem.read(pa, &mut into[done..done + part], self.guest_agent())?;
+            self.mem
+                .read(pa, &mut into[done..done + part], self.guest_agent())?;
             done += part;
         }
         Ok(())
@@ -74,7 +82,8 @@ impl Cpu {
             done += part;
         }
         for (pa, done, part) in places {
-            self.mem.write(pa, &from[done..done + part], self.guest_agent())?;
+            self.mem
+                .write(pa, &from[done..done + part], self.guest_agent())?;
         }
         Ok(())
     }
@@ -134,16 +143,28 @@ impl Cpu {
     pub fn note_undefined(&mut self, u: &Uop) {
         self.counters.undefined += 1;
         let linear = self.gpr[super::state::BLOCK].wrapping_add(u.at.into());
-        let linear = if self.long { linear } else { linear.wrapping_add(self.seg[super::state::CS].base) & 0xffff_ffff };
+        let linear = if self.long {
+            linear
+        } else {
+            linear.wrapping_add(self.seg[super::state::CS].base) & 0xffff_ffff
+        };
         let mut bytes = [0; 15];
         let mut have = 0;
-        while have < 15 && self.guest_read(linear.wrapping_add(have as u64), &mut bytes[have..=have]).is_ok() {
+        while have < 15
+            && self
+                .guest_read(linear.wrapping_add(have as u64), &mut bytes[have..=have])
+                .is_ok()
+        {
             have += 1;
         }
         let bits = super::decode::bitness(self.mode);
-        let mut decoder = iced_x86::Decoder::with_ip(bits, &bytes[..have], linear, iced_x86::DecoderOptions::MPX);
+        let mut decoder =
+            iced_x86::Decoder::with_ip(bits, &bytes[..have], linear, iced_x86::DecoderOptions::MPX);
         let insn = decoder.decode();
-        let hex: String = bytes[..insn.len().min(have)].iter().map(|byte| format!("{byte:02x}")).collect();
+        let hex: String = bytes[..insn.len().min(have)]
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect();
         let text = format!("{:?} [{hex}] at {linear:#x}", insn.code());
         if self.undefined.len() >= 100 {
             self.undefined.pop_front();

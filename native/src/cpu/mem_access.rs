@@ -70,6 +70,12 @@ impl Cpu {
         result.map_err(|fault| self.bus_fault(fault))
     }
 
+    pub fn phys_write_line(&mut self, pa: u64, line: &[u8; 64]) -> Result<(), Stop> {
+        let result = self.mem.write_line(pa, line, self.guest_agent());
+        self.poll();
+        result.map_err(|fault| self.bus_fault(fault))
+    }
+
     pub fn phys_cas(&mut self, pa: u64, size: usize, old: u128, new: u128) -> Result<u128, Stop> {
         let result = self.mem.cas(pa, size, old, new, self.guest_agent());
         self.poll();
@@ -105,7 +111,11 @@ impl Cpu {
 
     /// Read, change, write back; not atomic. Nothing is computed unless the write is known to be allowed.
     #[inline(always)]
-    pub fn modify<T: Int>(&mut self, linear: u64, change: impl FnOnce(&mut Cpu, T) -> T) -> Result<(), Stop> {
+    pub fn modify<T: Int>(
+        &mut self,
+        linear: u64,
+        change: impl FnOnce(&mut Cpu, T) -> T,
+    ) -> Result<(), Stop> {
         let entry = &self.tlb.hot[Tlb::index(linear)];
         if entry.write == linear.wrapping_add(T::BYTES - 1) & PAGE | self.tag {
             let at = entry.host.wrapping_add(linear as usize) as *mut u8;
@@ -147,7 +157,12 @@ impl Cpu {
         let mut old = self.load::<T>(linear)?;
         loop {
             let new = change(self, old);
-            let found = self.cas_slow(linear, T::BYTES as usize, old.to64().into(), new.to64().into())?;
+            let found = self.cas_slow(
+                linear,
+                T::BYTES as usize,
+                old.to64().into(),
+                new.to64().into(),
+            )?;
             if found as u64 == old.to64() {
                 return Ok(old);
             }
@@ -179,14 +194,24 @@ impl Cpu {
         let pa = self.translate(linear, access::WRITE, self.tag & 3)?;
         self.guard_code(pa, size.min(in_page))?;
         if size > in_page {
-            let pa = self.translate(linear.wrapping_add(in_page as u64), access::WRITE, self.tag & 3)?;
+            let pa = self.translate(
+                linear.wrapping_add(in_page as u64),
+                access::WRITE,
+                self.tag & 3,
+            )?;
             self.guard_code(pa, size - in_page)?;
         }
         Ok(())
     }
 
     /// LOCK CMPXCHG of any size and alignment; the write was checked.
-    pub fn cas_slow(&mut self, linear: u64, size: usize, old: u128, new: u128) -> Result<u128, Stop> {
+    pub fn cas_slow(
+        &mut self,
+        linear: u64,
+        size: usize,
+        old: u128,
+        new: u128,
+    ) -> Result<u128, Stop> {
         self.check_write(linear, size)?;
         let pa = self.translate(linear, access::WRITE, self.tag & 3)?;
         if (linear & 0xfff) as usize + size <= 0x1000 {
@@ -264,7 +289,13 @@ impl Cpu {
     }
 
     /// Asks for a host pointer to the page, so that the next access is fast.
-    fn try_pointer(&mut self, linear: u64, pa: u64, write: bool, privilege: u64) -> Result<(), Stop> {
+    fn try_pointer(
+        &mut self,
+        linear: u64,
+        pa: u64,
+        write: bool,
+        privilege: u64,
+    ) -> Result<(), Stop> {
         let result = self.mem.page_ptr(pa & PAGE, write, self.guest_agent());
         if self.slot.poll() {
             // Taken back while we asked: do without this time.
@@ -367,9 +398,18 @@ impl Cpu {
         match uop.ea {
             ea::LOW32 => Ok((offset & 0xffff_ffff).wrapping_add(base)),
             form => {
-                let offset = if form == ea::LEGACY16 { offset & 0xffff } else { offset & 0xffff_ffff };
+                let offset = if form == ea::LEGACY16 {
+                    offset & 0xffff
+                } else {
+                    offset & 0xffff_ffff
+                };
                 let segment = self.seg[usize::from(uop.segment)];
-                self.check_limit(&segment, usize::from(uop.segment), offset, u64::from(uop.size).max(1))?;
+                self.check_limit(
+                    &segment,
+                    usize::from(uop.segment),
+                    offset,
+                    u64::from(uop.size).max(1),
+                )?;
                 Ok(offset.wrapping_add(base) & 0xffff_ffff)
             }
         }

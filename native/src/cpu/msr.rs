@@ -53,17 +53,24 @@ fn canonical57(value: u64) -> bool {
 }
 
 pub fn pat_valid(value: u64) -> bool {
-    value.to_le_bytes().iter().all(|kind| matches!(kind, 0 | 1 | 4 | 5 | 6 | 7))
+    value
+        .to_le_bytes()
+        .iter()
+        .all(|kind| matches!(kind, 0 | 1 | 4 | 5 | 6 | 7))
 }
 
 impl Cpu {
     /// The time-stamp counter of this processor before any VM's offset.
     pub fn tsc(&self) -> u64 {
-        let jump = self.shared.tsc_jump.load(std::sync::atomic::Ordering::Relaxed);
+        let jump = self
+            .shared
+            .tsc_jump
+            .load(std::sync::atomic::Ordering::Relaxed);
         let ticks = if self.options.tsc_real {
-            (self.real_start.elapsed().as_nanos() * u128::from(self.options.tsc_hz) / 1_000_000_000) as u64
+            (self.real_start.elapsed().as_nanos() * u128::from(self.options.tsc_hz) / 1_000_000_000)
+                as u64
         } else {
-            (u128::from(self.icount) * u128::from(self.options.tsc_per_1024) >> 10) as u64
+            ((u128::from(self.icount) * u128::from(self.options.tsc_per_1024)) >> 10) as u64
         };
         self.tsc_base.wrapping_add(ticks).wrapping_add(jump)
     }
@@ -73,7 +80,7 @@ impl Cpu {
         let tsc = self.tsc();
         let scaled = match self.ctl.tsc_multiplier {
             0 => tsc,
-            multiplier => (u128::from(tsc) * u128::from(multiplier) >> 48) as u64,
+            multiplier => ((u128::from(tsc) * u128::from(multiplier)) >> 48) as u64,
         };
         scaled.wrapping_add(self.ctl.tsc_offset)
     }
@@ -113,7 +120,9 @@ impl Cpu {
                 self.tsc_adjust = self.tsc_adjust.wrapping_add(delta);
             }
             TSC_ADJUST => {
-                self.tsc_base = self.tsc_base.wrapping_add(value.wrapping_sub(self.tsc_adjust));
+                self.tsc_base = self
+                    .tsc_base
+                    .wrapping_add(value.wrapping_sub(self.tsc_adjust));
                 self.tsc_adjust = value;
             }
             SPEC_CTRL => {

@@ -40,7 +40,8 @@ impl Cpu {
         if self.vmcs_pa.is_none() {
             return VmError::Fail(0);
         }
-        self.vmcs.set(field::VM_INSTRUCTION_ERROR, u64::from(number));
+        self.vmcs
+            .set(field::VM_INSTRUCTION_ERROR, u64::from(number));
         VmError::Fail(number)
     }
 
@@ -49,7 +50,9 @@ impl Cpu {
     }
 
     fn write_back(&mut self) -> Result<(), Fault> {
-        let Some(pa) = self.vmcs_pa else { return Ok(()) };
+        let Some(pa) = self.vmcs_pa else {
+            return Ok(());
+        };
         let mut region = [0; REGION];
         region[..4].copy_from_slice(&self.options.vmcs_revision.to_le_bytes());
         self.vmcs.to_region(&mut region);

@@ -66,7 +66,8 @@ impl Cpu {
                     return outcome;
                 }
             }
-            let chained = left.and_then(|(from, side, _)| cache.follow(from, side, self.code_space));
+            let chained =
+                left.and_then(|(from, side, _)| cache.follow(from, side, self.code_space));
             let mut index = match chained {
                 Some(index) => index,
                 None => {
@@ -80,7 +81,13 @@ impl Cpu {
                         }
                     };
                     if let Some((from, side, page)) = left {
-                        cache.link(from, side, index, page == self.rip & !0xfff, self.code_space);
+                        cache.link(
+                            from,
+                            side,
+                            index,
+                            page == self.rip & !0xfff,
+                            self.code_space,
+                        );
                     }
                     index
                 }
@@ -102,13 +109,21 @@ impl Cpu {
             self.code.len = block.bytes.into();
             if block.pa2 != 0 {
                 let in_first = 0x1000 - (block.pa & 0xfff);
-                self.code =
-                    RunningCode { pa: block.pa, len: in_first, pa2: block.pa2, len2: u64::from(block.bytes) - in_first };
+                self.code = RunningCode {
+                    pa: block.pa,
+                    len: in_first,
+                    pa2: block.pa2,
+                    len2: u64::from(block.bytes) - in_first,
+                };
             }
-            let uops: &[Uop] = &cache.uops[block.first as usize..(block.first + block.uops) as usize];
+            let uops: &[Uop] =
+                &cache.uops[block.first as usize..(block.first + block.uops) as usize];
             let ip = Ip::start(uops);
             let stepping = self.step;
-            let (trap, shadow) = (self.single_stepping(), self.blocking & (block::STI | block::MOV_SS));
+            let (trap, shadow) = (
+                self.single_stepping(),
+                self.blocking & (block::STI | block::MOV_SS),
+            );
             let page = self.rip & !0xfff;
             let flow = (ip.op().run)(self, ip);
             let mut completed = true;
@@ -156,7 +171,10 @@ impl Cpu {
             return Some(index);
         }
         let linear = self.fetch_linear()?;
-        let pa = self.translate(linear, access::EXEC, self.tag & 3).map_err(|stop| self.fetch_fault(stop)).ok()?;
+        let pa = self
+            .translate(linear, access::EXEC, self.tag & 3)
+            .map_err(|stop| self.fetch_fault(stop))
+            .ok()?;
         let index = match cache.find(pa, mode) {
             Some(index) => {
                 let second = cache.blocks[index as usize].pa2;
@@ -200,7 +218,8 @@ impl Cpu {
     fn second_page(&mut self, linear: u64) -> Result<u64, Stop> {
         let next = (linear & !0xfff).wrapping_add(0x1000);
         let next = if self.long { next } else { next & 0xffff_ffff };
-        self.translate(next, access::EXEC, self.tag & 3).map_err(|stop| self.fetch_fault(stop))
+        self.translate(next, access::EXEC, self.tag & 3)
+            .map_err(|stop| self.fetch_fault(stop))
     }
 
     fn fetch_fault(&mut self, stop: Stop) -> Stop {

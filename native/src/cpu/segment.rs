@@ -60,7 +60,12 @@ impl Descriptor {
         (self.raw >> 40 & 0xf0ff) as u32
     }
     pub fn segment(&self, sel: u16) -> Segment {
-        Segment { sel, rights: self.rights(), limit: self.limit(), base: self.base() }
+        Segment {
+            sel,
+            rights: self.rights(),
+            limit: self.limit(),
+            base: self.base(),
+        }
     }
 }
 
@@ -76,7 +81,11 @@ impl Cpu {
             0xffff
         };
         for index in ES..=GS {
-            self.gpr[SEG_BASE + index] = if self.long && index < FS { 0 } else { self.seg[index].base };
+            self.gpr[SEG_BASE + index] = if self.long && index < FS {
+                0
+            } else {
+                self.seg[index].base
+            };
         }
         let mut bits = if self.long {
             mode::CODE64
@@ -92,11 +101,17 @@ impl Cpu {
         };
         set(self.stack_mask == 0xffff_ffff, mode::STACK32);
         set(self.cpl == 3, mode::USER);
-        set(self.cr0 & cr0::EM != 0 || self.cr4 & cr4::OSFXSR == 0, mode::SSE_UD);
+        set(
+            self.cr0 & cr0::EM != 0 || self.cr4 & cr4::OSFXSR == 0,
+            mode::SSE_UD,
+        );
         set(self.cr0 & cr0::TS != 0, mode::TS);
         set(self.cr0 & cr0::EM != 0, mode::EM);
         set(self.cr0 & cr0::MP != 0, mode::MP);
-        set(self.cr4 & cr4::OSXSAVE != 0 && self.xcr0 & 6 == 6, mode::AVX);
+        set(
+            self.cr4 & cr4::OSXSAVE != 0 && self.xcr0 & 6 == 6,
+            mode::AVX,
+        );
         set(self.cr4 & cr4::OSXSAVE != 0, mode::XSAVE);
         set(self.allow_escape, mode::ESCAPE);
         self.mode = bits;
@@ -108,7 +123,13 @@ impl Cpu {
     }
 
     /// Legacy limit and type check of a memory operand.
-    pub fn check_limit(&mut self, segment: &Segment, index: usize, offset: u64, size: u64) -> Result<(), Stop> {
+    pub fn check_limit(
+        &mut self,
+        segment: &Segment,
+        index: usize,
+        offset: u64,
+        size: u64,
+    ) -> Result<(), Stop> {
         let last = offset.wrapping_add(size - 1);
         let limit = u64::from(segment.limit);
         let expand_down = segment.rights & 0x1c == 0x14;
@@ -176,7 +197,12 @@ impl Cpu {
             }
             let base = if index >= FS { 0 } else { self.seg[index].base };
             let dpl = u32::from(selector & 3) << 5;
-            self.seg[index] = Segment { sel: selector, rights: UNUSABLE | dpl, limit: 0, base };
+            self.seg[index] = Segment {
+                sel: selector,
+                rights: UNUSABLE | dpl,
+                limit: 0,
+                base,
+            };
             if index == SS {
                 // A null SS in 64-bit mode still carries the privilege level.
                 self.seg[SS].rights = UNUSABLE | u32::from(self.cpl) << 5;
@@ -215,7 +241,13 @@ impl Cpu {
     }
 
     /// JMP FAR and CALL FAR to a code segment or (calls, long mode excluded from tasks) through a call gate.
-    pub fn far_branch(&mut self, u: &Uop, selector: u16, offset: u64, call: bool) -> Result<(), Stop> {
+    pub fn far_branch(
+        &mut self,
+        u: &Uop,
+        selector: u16,
+        offset: u64,
+        call: bool,
+    ) -> Result<(), Stop> {
         let back = self.ip_after(u);
         if !self.protected() || self.flags & VM != 0 {
             return self.far_branch_real(u, selector, offset, call, back);
@@ -245,7 +277,9 @@ impl Cpu {
         if call {
             let rsp = self.gpr[RSP];
             let cs = u64::from(self.seg[CS].sel);
-            let pushed = self.push_sized(cs, u.size).and_then(|()| self.push_sized(back, u.size));
+            let pushed = self
+                .push_sized(cs, u.size)
+                .and_then(|()| self.push_sized(back, u.size));
             if let Err(stop) = pushed {
                 self.gpr[RSP] = rsp;
                 return Err(stop);
@@ -260,7 +294,11 @@ impl Cpu {
 
     fn check_code_target(&mut self, descriptor: &Descriptor, offset: u64) -> Result<(), Stop> {
         let long = self.long_mode() && descriptor.long();
-        let ok = if long { self.canonical(offset) } else { offset <= u64::from(descriptor.limit()) };
+        let ok = if long {
+            self.canonical(offset)
+        } else {
+            offset <= u64::from(descriptor.limit())
+        };
         if ok {
             Ok(())
         } else {
@@ -268,14 +306,23 @@ impl Cpu {
         }
     }
 
-    fn far_branch_real(&mut self, u: &Uop, selector: u16, offset: u64, call: bool, back: u64) -> Result<(), Stop> {
+    fn far_branch_real(
+        &mut self,
+        u: &Uop,
+        selector: u16,
+        offset: u64,
+        call: bool,
+        back: u64,
+    ) -> Result<(), Stop> {
         if offset > u64::from(self.seg[CS].limit) {
             return Err(self.gp(0));
         }
         if call {
             let rsp = self.gpr[RSP];
             let cs = u64::from(self.seg[CS].sel);
-            let pushed = self.push_sized(cs, u.size).and_then(|()| self.push_sized(back, u.size));
+            let pushed = self
+                .push_sized(cs, u.size)
+                .and_then(|()| self.push_sized(back, u.size));
             if let Err(stop) = pushed {
                 self.gpr[RSP] = rsp;
                 return Err(stop);
@@ -289,7 +336,14 @@ impl Cpu {
     }
 
     /// Far branch through a call gate. Same privilege, or for calls a more privileged segment with a new stack.
-    fn far_gate(&mut self, gate: u16, descriptor: Descriptor, call: bool, back: u64, _size: u8) -> Result<(), Stop> {
+    fn far_gate(
+        &mut self,
+        gate: u16,
+        descriptor: Descriptor,
+        call: bool,
+        back: u64,
+        _size: u8,
+    ) -> Result<(), Stop> {
         let error = u32::from(gate & !3);
         let rpl = (gate & 3) as u8;
         let long = self.long_mode();
@@ -301,7 +355,10 @@ impl Cpu {
                 return Err(self.gp(error));
             }
             let source = if call { 0 } else { 2u64 };
-            return Err(self.exit_with(super::vmx_exit::reason::TASK_SWITCH, u64::from(gate) | source << 30));
+            return Err(self.exit_with(
+                super::vmx_exit::reason::TASK_SWITCH,
+                u64::from(gate) | source << 30,
+            ));
         }
         if kind != 0xc {
             return Err(self.gp(error));
@@ -342,7 +399,9 @@ impl Cpu {
             let rsp = self.gpr[RSP];
             let size = if long { 8 } else { 4 };
             let cs = u64::from(self.seg[CS].sel);
-            let pushed = self.push_sized(cs, size).and_then(|()| self.push_sized(back, size));
+            let pushed = self
+                .push_sized(cs, size)
+                .and_then(|()| self.push_sized(back, size));
             if let Err(stop) = pushed {
                 self.gpr[RSP] = rsp;
                 return Err(stop);
@@ -355,7 +414,14 @@ impl Cpu {
         Ok(())
     }
 
-    fn far_gate_inner(&mut self, selector: u16, code: Descriptor, offset: u64, back: u64, long: bool) -> Result<(), Stop> {
+    fn far_gate_inner(
+        &mut self,
+        selector: u16,
+        code: Descriptor,
+        offset: u64,
+        back: u64,
+        long: bool,
+    ) -> Result<(), Stop> {
         let (cs, ss, rsp) = (self.seg[CS].sel, self.seg[SS].sel, self.gpr[RSP]);
         let frame = [back, u64::from(cs), rsp, u64::from(ss)];
         self.enter_inner(selector, code, offset, &frame, if long { 8 } else { 4 }, 0)
@@ -399,7 +465,13 @@ impl Cpu {
         self.set_rsp(rsp);
         let outer_rsp = self.pop_sized(size)?;
         let outer_ss = self.pop_sized(size)? as u16;
-        self.return_outer(code, selector, offset, outer_ss, outer_rsp.wrapping_add(extra))
+        self.return_outer(
+            code,
+            selector,
+            offset,
+            outer_ss,
+            outer_rsp.wrapping_add(extra),
+        )
     }
 
     /// The code segment of RETF or IRET: at the same or an outer level.
@@ -407,8 +479,16 @@ impl Cpu {
         let error = u32::from(selector & !3);
         let rpl = (selector & 3) as u8;
         let mut code = self.code_descriptor(selector)?;
-        let dpl_ok = if code.conforming() { code.dpl() <= rpl } else { code.dpl() == rpl };
-        if !code.code() || rpl < self.cpl || !dpl_ok || code.long() && code.big() && self.long_mode() {
+        let dpl_ok = if code.conforming() {
+            code.dpl() <= rpl
+        } else {
+            code.dpl() == rpl
+        };
+        if !code.code()
+            || rpl < self.cpl
+            || !dpl_ok
+            || code.long() && code.big() && self.long_mode()
+        {
             return Err(self.gp(error));
         }
         if !code.present() {
@@ -420,14 +500,26 @@ impl Cpu {
     }
 
     /// Completes a return to an outer privilege level.
-    pub fn return_outer(&mut self, code: Descriptor, cs: u16, rip: u64, ss: u16, rsp: u64) -> Result<(), Stop> {
+    pub fn return_outer(
+        &mut self,
+        code: Descriptor,
+        cs: u16,
+        rip: u64,
+        ss: u16,
+        rsp: u64,
+    ) -> Result<(), Stop> {
         let rpl = (cs & 3) as u8;
         let to_long = self.long_mode() && code.long();
         let stack = if ss & !3 == 0 {
             if !to_long || rpl == 3 || ss & 3 != u16::from(rpl) {
                 return Err(self.gp(0));
             }
-            Segment { sel: ss, rights: UNUSABLE | u32::from(rpl) << 5, limit: 0, base: 0 }
+            Segment {
+                sel: ss,
+                rights: UNUSABLE | u32::from(rpl) << 5,
+                limit: 0,
+                base: 0,
+            }
         } else {
             let error = u32::from(ss & !3);
             let mut stack = self.descriptor(ss, 13)?;
@@ -451,7 +543,11 @@ impl Cpu {
         for index in [ES, DS, FS, GS] {
             let segment = &mut self.seg[index];
             let conforming_code = segment.rights & 0xc == 0xc;
-            if segment.rights & 0x10 != 0 && !segment.unusable() && !conforming_code && segment.dpl() < rpl {
+            if segment.rights & 0x10 != 0
+                && !segment.unusable()
+                && !conforming_code
+                && segment.dpl() < rpl
+            {
                 segment.sel = 0;
                 segment.rights |= UNUSABLE;
                 segment.base = 0;
@@ -468,14 +564,25 @@ impl Cpu {
             if index == TR {
                 return Err(self.gp(0));
             }
-            self.seg[LDTR] = Segment { sel: selector, rights: UNUSABLE, limit: 0, base: 0 };
+            self.seg[LDTR] = Segment {
+                sel: selector,
+                rights: UNUSABLE,
+                limit: 0,
+                base: 0,
+            };
             return Ok(());
         }
         if selector & 4 != 0 {
             return Err(self.gp(error));
         }
         let mut descriptor = self.descriptor(selector, 13)?;
-        let wanted: &[u8] = if index == LDTR { &[2] } else if self.long_mode() { &[9] } else { &[1, 9] };
+        let wanted: &[u8] = if index == LDTR {
+            &[2]
+        } else if self.long_mode() {
+            &[9]
+        } else {
+            &[1, 9]
+        };
         if descriptor.ordinary() || !wanted.contains(&descriptor.kind()) {
             return Err(self.gp(error));
         }

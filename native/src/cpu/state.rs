@@ -408,7 +408,9 @@ impl Cpu {
     pub fn new(mem: Arc<Memory>, apic_id: u32) -> Cpu {
         let slot = mem.register_cpu();
         // Bit 51 is the top bit of the KeyID, if there are KeyIDs at all.
-        let keyid_bits = mem.split(1 << 51).map_or(0, |(keyid, _)| 32 - keyid.leading_zeros());
+        let keyid_bits = mem
+            .split(1 << 51)
+            .map_or(0, |(keyid, _)| 32 - keyid.leading_zeros());
         let keyid_shift = 52 - keyid_bits;
         Cpu {
             gpr: [0; 256],
@@ -502,13 +504,27 @@ impl Cpu {
 
     /// Who this processor is on the bus while it is in root mode.
     pub fn root_agent(&self) -> Agent<'_> {
-        Agent { mode: if self.seam { Requester::Seam } else { Requester::Host }, cpu: Some(&self.slot) }
+        Agent {
+            mode: if self.seam {
+                Requester::Seam
+            } else {
+                Requester::Host
+            },
+            cpu: Some(&self.slot),
+        }
     }
 
     /// Who the running guest is on the bus.
     #[inline]
     pub fn guest_agent(&self) -> Agent<'_> {
-        Agent { mode: if self.guest_seam { Requester::Seam } else { Requester::Host }, cpu: Some(&self.slot) }
+        Agent {
+            mode: if self.guest_seam {
+                Requester::Seam
+            } else {
+                Requester::Host
+            },
+            cpu: Some(&self.slot),
+        }
     }
 
     pub fn paging(&self) -> bool {
@@ -547,7 +563,11 @@ impl Cpu {
     #[cold]
     #[inline(never)]
     pub fn exit_with(&mut self, reason: u32, qualification: u64) -> Stop {
-        self.exit = Exit { reason, qualification, ..Exit::default() };
+        self.exit = Exit {
+            reason,
+            qualification,
+            ..Exit::default()
+        };
         self.stop = StopKind::Exit;
         Stop
     }

@@ -47,8 +47,17 @@ pub struct Tlb {
     large: (u64, u64),
 }
 
-const EMPTY: Entry = Entry { read: INVALID, write: INVALID, host: 0, tag: INVALID };
-const COLD: Cold = Cold { pa: 0, gpa: 0, allowed: 0 };
+const EMPTY: Entry = Entry {
+    read: INVALID,
+    write: INVALID,
+    host: 0,
+    tag: INVALID,
+};
+const COLD: Cold = Cold {
+    pa: 0,
+    gpa: 0,
+    allowed: 0,
+};
 
 impl Default for Tlb {
     fn default() -> Self {
@@ -58,7 +67,11 @@ impl Default for Tlb {
 
 impl Tlb {
     pub fn new() -> Tlb {
-        Tlb { hot: Box::new([EMPTY; ENTRIES]), cold: Box::new([COLD; ENTRIES]), large: (u64::MAX, 0) }
+        Tlb {
+            hot: Box::new([EMPTY; ENTRIES]),
+            cold: Box::new([COLD; ENTRIES]),
+            large: (u64::MAX, 0),
+        }
     }
 
     #[inline(always)]
@@ -102,7 +115,11 @@ impl Tlb {
             return;
         }
         *hot = Entry { tag, ..EMPTY };
-        *cold = Cold { pa: pa & PAGE, gpa: gpa & PAGE, allowed };
+        *cold = Cold {
+            pa: pa & PAGE,
+            gpa: gpa & PAGE,
+            allowed,
+        };
     }
 
     /// The translation of `linear`, if one that allows all of `access` is held.

@@ -102,7 +102,11 @@ impl<'a> Ip<'a> {
 
 /// Runs an ordinary instruction and goes on with the next.
 #[inline(always)]
-pub fn step(cpu: &mut Cpu, ip: Ip<'_>, body: impl FnOnce(&mut Cpu, &Uop) -> Result<(), Stop>) -> Flow {
+pub fn step(
+    cpu: &mut Cpu,
+    ip: Ip<'_>,
+    body: impl FnOnce(&mut Cpu, &Uop) -> Result<(), Stop>,
+) -> Flow {
     let uop = ip.op();
     match body(cpu, uop) {
         Ok(()) => ip.next(cpu),
@@ -112,7 +116,11 @@ pub fn step(cpu: &mut Cpu, ip: Ip<'_>, body: impl FnOnce(&mut Cpu, &Uop) -> Resu
 
 /// Runs an instruction that ends its block.
 #[inline(always)]
-pub fn last(cpu: &mut Cpu, ip: Ip<'_>, body: impl FnOnce(&mut Cpu, &Uop) -> Result<Flow, Stop>) -> Flow {
+pub fn last(
+    cpu: &mut Cpu,
+    ip: Ip<'_>,
+    body: impl FnOnce(&mut Cpu, &Uop) -> Result<Flow, Stop>,
+) -> Flow {
     let uop = ip.op();
     match body(cpu, uop) {
         Ok(flow) => flow,
@@ -129,8 +137,15 @@ impl Cpu {
         self.rip = self.ip_mask(self.gpr[BLOCK].wrapping_add(u64::from(uop.at)));
         match self.stop {
             StopKind::Canonical => {
-                let vector = if usize::from(uop.segment) == super::state::SS { 12 } else { 13 };
-                self.stop = StopKind::Exception { vector, error: Some(0) };
+                let vector = if usize::from(uop.segment) == super::state::SS {
+                    12
+                } else {
+                    13
+                };
+                self.stop = StopKind::Exception {
+                    vector,
+                    error: Some(0),
+                };
             }
             StopKind::Exit if self.exit.length == 0 => self.exit.length = uop.len(),
             _ => {}

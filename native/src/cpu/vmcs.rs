@@ -105,14 +105,20 @@ pub struct Vmcs {
 
 impl Default for Vmcs {
     fn default() -> Self {
-        Vmcs { fields: [0; SLOTS], launched: false }
+        Vmcs {
+            fields: [0; SLOTS],
+            launched: false,
+        }
     }
 }
 
 impl Vmcs {
     /// From the bytes of a region, after its revision identifier was checked.
     pub fn from_region(region: &[u8; REGION]) -> Vmcs {
-        let mut vmcs = Vmcs { launched: region[8] != 0, ..Vmcs::default() };
+        let mut vmcs = Vmcs {
+            launched: region[8] != 0,
+            ..Vmcs::default()
+        };
         for (index, value) in vmcs.fields.iter_mut().enumerate() {
             let at = HEADER + index * 8;
             let mut word = [0; 8];

@@ -122,9 +122,16 @@ impl Controls {
     /// `hkid_shift`: position of the KeyID in a physical address. `seam`: SEAM non-root mode.
     pub fn read(vmcs: &Vmcs, seam: bool, hkid_shift: u32) -> Controls {
         let primary = vmcs.get(field::PRIMARY_CTLS) as u32;
-        let secondary =
-            if primary & primary::SECONDARY != 0 { vmcs.get(field::SECONDARY_CTLS) as u32 } else { 0 };
-        let tertiary = if primary & primary::TERTIARY != 0 { vmcs.get(field::TERTIARY_CTLS) } else { 0 };
+        let secondary = if primary & primary::SECONDARY != 0 {
+            vmcs.get(field::SECONDARY_CTLS) as u32
+        } else {
+            0
+        };
+        let tertiary = if primary & primary::TERTIARY != 0 {
+            vmcs.get(field::TERTIARY_CTLS)
+        } else {
+            0
+        };
         let shared_bit = match (seam, tertiary & tertiary::GPAW != 0) {
             (false, _) => 0,
             (true, false) => 1 << 47,
@@ -145,9 +152,21 @@ impl Controls {
             eptp: vmcs.get(field::EPTP),
             shared_eptp: vmcs.get(field::SHARED_EPTP),
             shared_bit,
-            hkid: if seam { vmcs.get(field::TD_HKID) << hkid_shift } else { 0 },
-            tsc_offset: if primary & primary::TSC_OFFSET != 0 { vmcs.get(field::TSC_OFFSET) } else { 0 },
-            tsc_multiplier: if secondary & secondary::TSC_SCALING != 0 { vmcs.get(field::TSC_MULTIPLIER) } else { 0 },
+            hkid: if seam {
+                vmcs.get(field::TD_HKID) << hkid_shift
+            } else {
+                0
+            },
+            tsc_offset: if primary & primary::TSC_OFFSET != 0 {
+                vmcs.get(field::TSC_OFFSET)
+            } else {
+                0
+            },
+            tsc_multiplier: if secondary & secondary::TSC_SCALING != 0 {
+                vmcs.get(field::TSC_MULTIPLIER)
+            } else {
+                0
+            },
             virtual_apic: vmcs.get(field::VIRTUAL_APIC),
             msr_bitmap: vmcs.get(field::MSR_BITMAP),
         }

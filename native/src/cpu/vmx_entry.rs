@@ -5,7 +5,9 @@ use super::flags::{IF, VM};
 use super::interrupt::{ACTIVE, HALTED, SHUTDOWN, WAIT_FOR_SIPI};
 use super::root::{error, VmError};
 use super::run::Outcome;
-use super::state::{block, cr0, cr4, efer, Cpu, Segment, Stop, CS, ES, GS, LDTR, RSP, SS, TR, UNUSABLE};
+use super::state::{
+    block, cr0, cr4, efer, Cpu, Segment, Stop, CS, ES, GS, LDTR, RSP, SS, TR, UNUSABLE,
+};
 use super::vmcs::field;
 use super::vmx_ctl::{entry_ctl, pin, primary, secondary, Controls};
 use super::vmx_exit::reason;
@@ -32,14 +34,18 @@ impl Cpu {
             return Err(self.vm_fail(error::ENTRY_CONTROLS));
         }
         if let Some(qualification) = self.bad_guest(&ctl) {
-            return Ok(Outcome::Exit(self.failed_entry(reason::GUEST_STATE, qualification)));
+            return Ok(Outcome::Exit(
+                self.failed_entry(reason::GUEST_STATE, qualification),
+            ));
         }
         self.vmcs.launched = true;
         self.ctl = ctl;
         self.guest_seam = seam;
         self.load_guest();
         if let Some(failed) = self.load_entry_msrs() {
-            return Ok(Outcome::Exit(self.failed_entry(reason::MSR_LOADING, failed)));
+            return Ok(Outcome::Exit(
+                self.failed_entry(reason::MSR_LOADING, failed),
+            ));
         }
         self.switch_address_space();
         Ok(self.start())
@@ -65,7 +71,8 @@ impl Cpu {
             || posted && !ctl.secondary(secondary::VIRTUAL_INT)
             || posted && self.vmcs.get(field::PI_DESCRIPTOR) & 63 != 0
             || ctl.secondary(secondary::UNRESTRICTED) && !ctl.secondary(secondary::EPT)
-            || ctl.secondary(secondary::EPT) && (!(3..=4).contains(&levels) || ctl.eptp & 7 != 6 && ctl.eptp & 7 != 0)
+            || ctl.secondary(secondary::EPT)
+                && (!(3..=4).contains(&levels) || ctl.eptp & 7 != 6 && ctl.eptp & 7 != 0)
             || ctl.secondary(secondary::VPID) && self.vmcs.get(field::VPID) == 0
             || ctl.secondary(secondary::EPT_VE) && self.vmcs.get(field::VE_INFO) & 0xfff != 0
             || ctl.primary(primary::MSR_BITMAPS) && ctl.msr_bitmap & 0xfff != 0
@@ -97,7 +104,8 @@ impl Cpu {
             && (guest_efer & !(efer::SCE | efer::LME | efer::LMA | efer::NXE) != 0
                 || (guest_efer & efer::LMA != 0) != long
                 || cr0 & cr0::PG != 0 && (guest_efer & efer::LME != 0) != long);
-        let pat_bad = ctl.entry & entry_ctl::LOAD_PAT != 0 && !super::msr::pat_valid(v.get(field::GUEST_PAT));
+        let pat_bad =
+            ctl.entry & entry_ctl::LOAD_PAT != 0 && !super::msr::pat_valid(v.get(field::GUEST_PAT));
         let flags_bad = rflags & 0xffff_ffff_ffc0_8028 != 0
             || rflags & 2 == 0
             || long && rflags & VM != 0
@@ -108,9 +116,16 @@ impl Cpu {
             || long && cs.long() && cs.big()
             || cs.rights & 0xfffe_0f00 != 0;
         let stack_bad = !ss.unusable() && (ss.rights & 0x90 != 0x90 || ss.rights & 0xb != 3);
-        let task_bad = tr.unusable() || tr.rights & 0x80 == 0 || !matches!(tr.rights & 31, 11 | 3) || !canonical(tr.base);
+        let task_bad = tr.unusable()
+            || tr.rights & 0x80 == 0
+            || !matches!(tr.rights & 31, 11 | 3)
+            || !canonical(tr.base);
         let ldt_bad = !ldtr.unusable() && (ldtr.rights & 31 != 2 || ldtr.rights & 0x80 == 0);
-        let rip_bad = if long && cs.long() { !canonical(rip) } else { rip >> 32 != 0 };
+        let rip_bad = if long && cs.long() {
+            !canonical(rip)
+        } else {
+            rip >> 32 != 0
+        };
         let state_bad = activity > WAIT_FOR_SIPI
             || activity == HALTED && ss.dpl() != 0
             || activity != ACTIVE && blocking & (block::STI | block::MOV_SS) != 0
@@ -179,7 +194,12 @@ impl Cpu {
             self.efer = v.get(field::GUEST_EFER);
         } else {
             let long = entry & entry_ctl::IA32E != 0;
-            self.efer &= !(efer::LMA | if self.cr0 & cr0::PG != 0 { efer::LME } else { 0 });
+            self.efer &= !(efer::LMA
+                | if self.cr0 & cr0::PG != 0 {
+                    efer::LME
+                } else {
+                    0
+                });
             if long {
                 self.efer |= efer::LMA | efer::LME;
             }
@@ -227,7 +247,11 @@ impl Cpu {
 
     /// Translations of another guest, or of this one before its owner changed it, are not used.
     fn switch_address_space(&mut self) {
-        let vpid = if self.ctl.secondary(secondary::VPID) { self.vmcs.get(field::VPID) } else { 0 };
+        let vpid = if self.ctl.secondary(secondary::VPID) {
+            self.vmcs.get(field::VPID)
+        } else {
+            0
+        };
         let owner = (
             self.ctl.eptp,
             self.ctl.shared_eptp,
@@ -267,7 +291,9 @@ impl Cpu {
         if info >> 31 != 0 {
             self.activity = ACTIVE;
             self.inject(info)?;
-        } else if self.ctl.primary(primary::TPR_SHADOW) && !self.ctl.secondary(secondary::VIRTUAL_INT) {
+        } else if self.ctl.primary(primary::TPR_SHADOW)
+            && !self.ctl.secondary(secondary::VIRTUAL_INT)
+        {
             let threshold = self.vmcs.get(field::TPR_THRESHOLD) as u32 & 15;
             if threshold > 0 && self.physical(|cpu| cpu.vapic_read(0x80))? >> 4 & 15 < threshold {
                 return Err(self.exit_with(reason::TPR_THRESHOLD, 0));
@@ -278,7 +304,8 @@ impl Cpu {
 
     /// A fault of the processor's own accesses at VM entry: a machine check.
     fn physical<T>(&mut self, access: impl FnOnce(&mut Cpu) -> Result<T, Stop>) -> Result<T, Stop> {
-        access(self).map_err(|_| self.exit_with(reason::ENTRY_MACHINE_CHECK | reason::FAILED_ENTRY, 0))
+        access(self)
+            .map_err(|_| self.exit_with(reason::ENTRY_MACHINE_CHECK | reason::FAILED_ENTRY, 0))
     }
 
     fn inject(&mut self, info: u32) -> Result<(), Stop> {
@@ -289,9 +316,21 @@ impl Cpu {
             return Ok(());
         }
         let error = (info >> 11 & 1 != 0).then(|| self.vmcs.get(field::ENTRY_ERROR_CODE) as u32);
-        let software = matches!(event_kind, kind::SOFT_INT | kind::PRIVILEGED | kind::SOFT_EXCEPTION);
-        let length = if software { self.vmcs.get(field::ENTRY_INSTR_LEN) as u32 } else { 0 };
-        let event = Event { vector: info as u8, kind: event_kind, error, length };
+        let software = matches!(
+            event_kind,
+            kind::SOFT_INT | kind::PRIVILEGED | kind::SOFT_EXCEPTION
+        );
+        let length = if software {
+            self.vmcs.get(field::ENTRY_INSTR_LEN) as u32
+        } else {
+            0
+        };
+        let event = Event {
+            vector: info as u8,
+            kind: event_kind,
+            error,
+            length,
+        };
         self.take_injected(event)?;
         if event_kind == kind::NMI {
             self.blocking |= block::NMI;

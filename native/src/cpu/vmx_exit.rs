@@ -106,8 +106,14 @@ impl Cpu {
         v.set(field::EXIT_INSTR_INFO, exit.info.into());
         v.set(field::EXIT_INTR_INFO, exit.intr_info.into());
         v.set(field::EXIT_INTR_ERROR, exit.intr_error.into());
-        v.set(field::IDT_VECTORING_INFO, delivering.map_or(0, |event| event.info.into()));
-        v.set(field::IDT_VECTORING_ERROR, delivering.map_or(0, |event| event.error.into()));
+        v.set(
+            field::IDT_VECTORING_INFO,
+            delivering.map_or(0, |event| event.info.into()),
+        );
+        v.set(
+            field::IDT_VECTORING_ERROR,
+            delivering.map_or(0, |event| event.error.into()),
+        );
         let info = v.get(field::ENTRY_INTR_INFO);
         v.set(field::ENTRY_INTR_INFO, info & 0x7fff_ffff);
     }
@@ -135,7 +141,10 @@ impl Cpu {
         v.set(field::GUEST_CR4, self.cr4);
         v.set(field::GUEST_RIP, self.rip);
         v.set(field::GUEST_RSP, rsp);
-        v.set(field::GUEST_RFLAGS, rflags & !if self.exit.after { RF } else { 0 });
+        v.set(
+            field::GUEST_RFLAGS,
+            rflags & !if self.exit.after { RF } else { 0 },
+        );
         for index in (ES..=GS).chain([LDTR, TR]) {
             let segment = self.seg[index];
             v.set(field::GUEST_ES_SEL.nth(index), segment.sel.into());
@@ -171,9 +180,14 @@ impl Cpu {
         if ctl.secondary(secondary::UNRESTRICTED) {
             let entry = v.get(field::ENTRY_CTLS) & !u64::from(entry_ctl::IA32E);
             let long = self.efer & super::state::efer::LMA != 0;
-            v.set(field::ENTRY_CTLS, entry | if long { entry_ctl::IA32E.into() } else { 0 });
+            v.set(
+                field::ENTRY_CTLS,
+                entry | if long { entry_ctl::IA32E.into() } else { 0 },
+            );
         }
-        let left = self.preempt_at.map(|at| at.saturating_sub(self.tsc()) >> super::vmx_entry::PREEMPTION_SHIFT);
+        let left = self
+            .preempt_at
+            .map(|at| at.saturating_sub(self.tsc()) >> super::vmx_entry::PREEMPTION_SHIFT);
         if ctl.pin(pin::PREEMPTION) && ctl.exit & exit_ctl::SAVE_PREEMPTION != 0 {
             self.vmcs.set(field::PREEMPTION_TIMER, left.unwrap_or(0));
         }
@@ -184,8 +198,10 @@ impl Cpu {
         self.dr[7] = 0x400;
         self.preempt_at = None;
         self.mtf_pending = false;
-        let (store, stores) =
-            (self.vmcs.get(field::EXIT_MSR_STORE), self.vmcs.get(field::EXIT_MSR_STORE_COUNT).min(512));
+        let (store, stores) = (
+            self.vmcs.get(field::EXIT_MSR_STORE),
+            self.vmcs.get(field::EXIT_MSR_STORE_COUNT).min(512),
+        );
         for index in 0..stores {
             let at = store + index * 16;
             if let Ok(msr) = self.mem.rd32(at, self.root_agent()) {
@@ -200,13 +216,16 @@ impl Cpu {
         if self.ctl.exit & exit_ctl::LOAD_PAT != 0 {
             self.pat = self.vmcs.get(field::HOST_PAT);
         }
-        let (load, loads) =
-            (self.vmcs.get(field::EXIT_MSR_LOAD), self.vmcs.get(field::EXIT_MSR_LOAD_COUNT).min(512));
+        let (load, loads) = (
+            self.vmcs.get(field::EXIT_MSR_LOAD),
+            self.vmcs.get(field::EXIT_MSR_LOAD_COUNT).min(512),
+        );
         for index in 0..loads {
             let at = load + index * 16;
-            if let (Ok(msr), Ok(value)) =
-                (self.mem.rd32(at, self.root_agent()), self.mem.rd64(at + 8, self.root_agent()))
-            {
+            if let (Ok(msr), Ok(value)) = (
+                self.mem.rd32(at, self.root_agent()),
+                self.mem.rd64(at + 8, self.root_agent()),
+            ) {
                 let _ = self.msr_write(msr, value);
             }
         }

@@ -74,20 +74,34 @@ impl Cpu {
 
     #[cold]
     #[inline(never)]
-    fn translate_miss(&mut self, linear: u64, access: u8, privilege: u64, tag: u64) -> Result<u64, Stop> {
+    fn translate_miss(
+        &mut self,
+        linear: u64,
+        access: u8,
+        privilege: u64,
+        tag: u64,
+    ) -> Result<u64, Stop> {
         self.counters.tlb_fills += 1;
         if !self.canonical(linear) {
             self.stop = StopKind::Canonical;
             return Err(Stop);
         }
-        let mut allowed = access | if access == access::WRITE { access::READ } else { 0 };
+        let mut allowed = access
+            | if access == access::WRITE {
+                access::READ
+            } else {
+                0
+            };
         let gpa = if self.paging() {
             let leaf = self.walk_guest(linear, access, privilege, true)?;
             if leaf.shift > 12 {
                 self.tlb.note_large(linear, 1 << leaf.shift);
             }
             // A page read before it is written gets its write permission now if that needs no dirty bit.
-            if access == access::READ && leaf.dirty && self.permits(&leaf, access::WRITE, privilege).is_ok() {
+            if access == access::READ
+                && leaf.dirty
+                && self.permits(&leaf, access::WRITE, privilege).is_ok()
+            {
                 allowed |= 0x80;
             }
             leaf.gpa
@@ -130,7 +144,13 @@ impl Cpu {
         ((linear << shift) as i64 >> shift) as u64 == linear
     }
 
-    fn walk_guest(&mut self, linear: u64, access: u8, privilege: u64, mark: bool) -> Result<Leaf, Stop> {
+    fn walk_guest(
+        &mut self,
+        linear: u64,
+        access: u8,
+        privilege: u64,
+        mark: bool,
+    ) -> Result<Leaf, Stop> {
         self.counters.walks += 1;
         match self.walk_tables(linear, access, mark) {
             Ok(leaf) => match self.permits(&leaf, access, privilege) {
@@ -174,7 +194,8 @@ impl Cpu {
         if privilege == USER {
             code |= pfec::U;
         }
-        let fetch = self.efer & efer::NXE != 0 && self.cr4 & cr4::PAE != 0 || self.cr4 & cr4::SMEP != 0;
+        let fetch =
+            self.efer & efer::NXE != 0 && self.cr4 & cr4::PAE != 0 || self.cr4 & cr4::SMEP != 0;
         if access & access::EXEC != 0 && fetch {
             code |= pfec::I;
         }
@@ -188,7 +209,11 @@ impl Cpu {
         let user = privilege == USER;
         if access & access::EXEC != 0 {
             let smep = !user && leaf.user && self.cr4 & cr4::SMEP != 0;
-            return if !leaf.exec || user && !leaf.user || smep { Err(false) } else { Ok(()) };
+            return if !leaf.exec || user && !leaf.user || smep {
+                Err(false)
+            } else {
+                Ok(())
+            };
         }
         if user && !leaf.user {
             return Err(false);
@@ -254,7 +279,15 @@ impl Cpu {
                 let gpa = entry & self.address_mask() & !offset | linear & offset;
                 let key = (entry >> 59 & 15) as u32;
                 let dirty = (entry | if mark { wanted } else { 0 }) & pte::D != 0;
-                return Ok(Leaf { gpa, shift, user, write, exec, key, dirty });
+                return Ok(Leaf {
+                    gpa,
+                    shift,
+                    user,
+                    write,
+                    exec,
+                    key,
+                    dirty,
+                });
             }
             table = entry & self.address_mask();
             level -= 1;
@@ -277,10 +310,19 @@ impl Cpu {
             let leaf = level == 1 || entry & pte::PS != 0 && self.cr4 & cr4::PSE != 0;
             user &= entry & pte::U != 0;
             write &= entry & pte::W != 0;
-            let wanted = pte::A | if leaf && access & 0x80 != 0 { pte::D } else { 0 };
+            let wanted = pte::A
+                | if leaf && access & 0x80 != 0 {
+                    pte::D
+                } else {
+                    0
+                };
             if mark && entry & wanted != wanted {
-                let hpa = self.translate_gpa(at, access::WRITE, Some(linear), true)?.pa;
-                if self.phys_cas(hpa, 4, entry.into(), (entry | wanted).into())? != u128::from(entry) {
+                let hpa = self
+                    .translate_gpa(at, access::WRITE, Some(linear), true)?
+                    .pa;
+                if self.phys_cas(hpa, 4, entry.into(), (entry | wanted).into())?
+                    != u128::from(entry)
+                {
                     continue;
                 }
             }
@@ -292,7 +334,15 @@ impl Cpu {
                 }
                 let gpa = base | linear & ((1 << shift) - 1);
                 let dirty = (entry | if mark { wanted } else { 0 }) & pte::D != 0;
-                return Ok(Leaf { gpa, shift, user, write, exec: true, key: 0, dirty });
+                return Ok(Leaf {
+                    gpa,
+                    shift,
+                    user,
+                    write,
+                    exec: true,
+                    key: 0,
+                    dirty,
+                });
             }
             table = entry & 0xffff_f000;
             level -= 1;
@@ -304,13 +354,17 @@ impl Cpu {
     }
 
     fn table_entry(&mut self, gpa: u64, linear: u64) -> Result<u64, Stop> {
-        let hpa = self.translate_gpa(gpa, access::READ, Some(linear), true)?.pa;
+        let hpa = self
+            .translate_gpa(gpa, access::READ, Some(linear), true)?
+            .pa;
         self.phys_rd64(hpa)
     }
 
     /// Sets bits of an entry atomically; `false` if it was changed meanwhile.
     fn mark_entry(&mut self, gpa: u64, entry: u64, wanted: u64, linear: u64) -> Result<bool, Stop> {
-        let hpa = self.translate_gpa(gpa, access::WRITE, Some(linear), true)?.pa;
+        let hpa = self
+            .translate_gpa(gpa, access::WRITE, Some(linear), true)?
+            .pa;
         Ok(self.phys_cas(hpa, 8, entry.into(), (entry | wanted).into())? == u128::from(entry))
     }
 

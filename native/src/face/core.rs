@@ -3,28 +3,23 @@
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use pyo3::create_exception;
-use pyo3::exceptions::{PyException, PyRuntimeError, PyValueError};
+use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyTuple};
 
-use super::memory::{fault_to_py, Memory};
+use super::errors::{raise, vm_fail};
+use super::memory::Memory;
 use crate::cpu::{event, Cpu, Outcome, Shared, VmError};
 use crate::mem::Fault;
 
-create_exception!(softtdx._silicon, VmFail, PyException, "VMfailInvalid or VMfailValid.");
+pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add_class::<Core>()
+}
 
 fn vm_error(py: Python<'_>, error: VmError) -> PyErr {
     match error {
-        VmError::Memory(fault) => fault_to_py(py, fault),
-        VmError::Fail(number) => {
-            let text = if number == 0 { "VMfailInvalid".to_string() } else { format!("VMfailValid({number})") };
-            let raised = VmFail::new_err(text);
-            match raised.value(py).setattr("error", number) {
-                Ok(()) => raised,
-                Err(other) => other,
-            }
-        }
+        VmError::Memory(fault) => raise(py, fault),
+        VmError::Fail(number) => vm_fail(py, number),
     }
 }
 
@@ -39,28 +34,42 @@ pub struct Core {
 
 impl Core {
     fn cpu(&self) -> PyResult<MutexGuard<'_, Box<Cpu>>> {
-        self.cpu.try_lock().map_err(|_| PyRuntimeError::new_err("this Core is in use by another thread"))
+        self.cpu
+            .try_lock()
+            .map_err(|_| PyRuntimeError::new_err("this Core is in use by another thread"))
     }
 
     fn bus<T>(&self, py: Python<'_>, op: impl FnOnce(&mut Cpu) -> Result<T, Fault>) -> PyResult<T> {
-        op(&mut *self.cpu()?).map_err(|fault| fault_to_py(py, fault))
+        op(&mut *self.cpu()?).map_err(|fault| raise(py, fault))
     }
 
-    fn vmx<T>(&self, py: Python<'_>, op: impl FnOnce(&mut Cpu) -> Result<T, VmError>) -> PyResult<T> {
+    fn vmx<T>(
+        &self,
+        py: Python<'_>,
+        op: impl FnOnce(&mut Cpu) -> Result<T, VmError>,
+    ) -> PyResult<T> {
         op(&mut *self.cpu()?).map_err(|error| vm_error(py, error))
     }
 
-    fn run(&self, py: Python<'_>, mut step: impl FnMut(&mut Cpu) -> Result<Outcome, VmError> + Send) -> PyResult<u32> {
+    fn run(
+        &self,
+        py: Python<'_>,
+        mut step: impl FnMut(&mut Cpu) -> Result<Outcome, VmError> + Send,
+    ) -> PyResult<u32> {
         let mut cpu = self.cpu()?;
         let cpu: &mut Cpu = &mut cpu;
-        let mut outcome = py.detach(|| step(&mut *cpu)).map_err(|error| vm_error(py, error))?;
+        let mut outcome = py
+            .detach(|| step(&mut *cpu))
+            .map_err(|error| vm_error(py, error))?;
         loop {
             match outcome {
                 Outcome::Exit(reason) => return Ok(reason),
                 Outcome::Escape(hook) => return Ok(ESCAPE | u32::from(hook)),
                 Outcome::Pause => {
                     py.check_signals()?;
-                    outcome = py.detach(|| cpu.resume()).map_err(|error| vm_error(py, error))?;
+                    outcome = py
+                        .detach(|| cpu.resume())
+                        .map_err(|error| vm_error(py, error))?;
                 }
             }
         }
@@ -71,7 +80,9 @@ fn index(value: usize, limit: usize) -> PyResult<usize> {
     if value < limit {
         Ok(value)
     } else {
-        Err(PyValueError::new_err(format!("register index {value}, must be below {limit}")))
+        Err(PyValueError::new_err(format!(
+            "register index {value}, must be below {limit}"
+        )))
     }
 }
 
@@ -79,9 +90,12 @@ fn index(value: usize, limit: usize) -> PyResult<usize> {
 impl Core {
     #[new]
     fn new(memory: &Bound<'_, Memory>, apic_id: u32) -> Core {
-        let cpu = Box::new(Cpu::new(memory.get().inner(), apic_id));
+        let cpu = Box::new(Cpu::new(memory.get().0.clone(), apic_id));
         let shared = cpu.shared.clone();
-        Core { cpu: Mutex::new(cpu), shared }
+        Core {
+            cpu: Mutex::new(cpu),
+            shared,
+        }
     }
 
     #[getter]
@@ -119,7 +133,9 @@ impl Core {
         self.bus(py, |c| c.mem.wr64(pa, value, c.root_agent()))
     }
     fn read<'py>(&self, py: Python<'py>, pa: u64, size: usize) -> PyResult<Bound<'py, PyBytes>> {
-        PyBytes::new_with(py, size, |into| self.bus(py, |c| c.mem.read(pa, into, c.root_agent())))
+        PyBytes::new_with(py, size, |into| {
+            self.bus(py, |c| c.mem.read(pa, into, c.root_agent()))
+        })
     }
     fn write(&self, py: Python<'_>, pa: u64, data: &[u8]) -> PyResult<()> {
         self.bus(py, |c| c.mem.write(pa, data, c.root_agent()))
@@ -155,7 +171,10 @@ impl Core {
             let mut bytes = [0; 128];
             c.mem.read(pa, &mut bytes, c.root_agent())?;
             for (number, word) in bytes.chunks_exact(8).enumerate() {
-                c.gpr[number] = word.iter().rev().fold(0, |value, byte| value << 8 | u64::from(*byte));
+                c.gpr[number] = word
+                    .iter()
+                    .rev()
+                    .fold(0, |value, byte| value << 8 | u64::from(*byte));
             }
             Ok(())
         })
@@ -184,7 +203,9 @@ impl Core {
         if restored {
             Ok(())
         } else {
-            Err(PyValueError::new_err(format!("the XSAVE area at {pa:#x} is not one XRSTORS accepts (#GP)")))
+            Err(PyValueError::new_err(format!(
+                "the XSAVE area at {pa:#x} is not one XRSTORS accepts (#GP)"
+            )))
         }
     }
     fn xinit(&self, mask: u64) -> PyResult<()> {
@@ -262,7 +283,8 @@ impl Core {
                 Ok(on) => u64::from(on),
                 Err(_) => value.extract()?,
             };
-            cpu.configure(&name, number).map_err(PyValueError::new_err)?;
+            cpu.configure(&name, number)
+                .map_err(PyValueError::new_err)?;
         }
         Ok(())
     }
@@ -288,7 +310,9 @@ impl Core {
     }
     fn vmcontinue(&self, py: Python<'_>) -> PyResult<u32> {
         if !self.cpu()?.live {
-            return Err(PyRuntimeError::new_err("no guest stands at an escape of this Core"));
+            return Err(PyRuntimeError::new_err(
+                "no guest stands at an escape of this Core",
+            ));
         }
         self.run(py, Cpu::resume)
     }
@@ -321,9 +345,16 @@ impl Core {
         Ok(state)
     }
     fn set_live(&self, name: &str, value: u64) -> PyResult<()> {
-        self.cpu()?.set_live(name, value).map_err(PyValueError::new_err)
+        self.cpu()?
+            .set_live(name, value)
+            .map_err(PyValueError::new_err)
     }
-    fn guest_read<'py>(&self, py: Python<'py>, gla: u64, size: usize) -> PyResult<Bound<'py, PyBytes>> {
+    fn guest_read<'py>(
+        &self,
+        py: Python<'py>,
+        gla: u64,
+        size: usize,
+    ) -> PyResult<Bound<'py, PyBytes>> {
         PyBytes::new_with(py, size, |into| self.bus(py, |c| c.guest_read(gla, into)))
     }
     fn guest_write(&self, py: Python<'_>, gla: u64, data: &[u8]) -> PyResult<()> {

@@ -1,5 +1,6 @@
 //! The Python face: thin, and no policy. The contract is `src/softtdx/_silicon.pyi`.
 
+pub mod core;
 mod errors;
 pub mod memory;
 mod payloads;
@@ -14,6 +15,7 @@ pub use errors::{raise, vm_fail};
 fn silicon(module: &Bound<'_, PyModule>) -> PyResult<()> {
     errors::register(module)?;
     memory::register(module)?;
+    core::register(module)?;
     sha384::register(module)?;
     payloads::register(module)
 }

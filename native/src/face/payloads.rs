@@ -12,7 +12,10 @@ const PAYLOADS: &[(&str, &[u8])] = &[
         "firmware",
         include_bytes!(concat!(env!("OUT_DIR"), "/firmware")),
     ),
-    ("pyguest", include_bytes!(concat!(env!("OUT_DIR"), "/pyguest"))),
+    (
+        "pyguest",
+        include_bytes!(concat!(env!("OUT_DIR"), "/pyguest")),
+    ),
     ("demo", include_bytes!(concat!(env!("OUT_DIR"), "/demo"))),
 ];
 

@@ -167,6 +167,10 @@ impl Memory {
         drop(parked);
     }
 
+    pub fn is_private(&self, keyid: u32) -> bool {
+        self.keys.is_private(keyid)
+    }
+
     /// Whether DRAM answers at this address; the KeyID does not matter.
     pub fn is_dram(&self, pa: u64) -> bool {
         pa >> PA_BITS == 0 && self.dram.page(pa & self.address_mask).is_some()

@@ -69,7 +69,7 @@ fn operate<T: Int, const OP: u8>(cpu: &mut Cpu, a: T, b: T) -> T {
 }
 
 fn part(carry: bool, over: bool, half: u64) -> u64 {
-    u64::from(carry) * CF | u64::from(over) * OF | half & AF
+    (u64::from(carry) * CF) | (u64::from(over) * OF) | half & AF
 }
 
 const fn writes(op: u8) -> bool {
@@ -96,7 +96,11 @@ fn alu<T: Int, const OP: u8, const FORM: u8>(cpu: &mut Cpu, ip: Ip<'_>) -> Flow 
             }
             _ => {
                 let at = cpu.ea(u)?;
-                let b = if FORM == MI { T::from64(u.imm) } else { T::get(cpu, u.src) };
+                let b = if FORM == MI {
+                    T::from64(u.imm)
+                } else {
+                    T::get(cpu, u.src)
+                };
                 if writes(OP) {
                     cpu.modify::<T>(at, |cpu, a| operate::<T, OP>(cpu, a, b))?;
                 } else {
@@ -113,7 +117,11 @@ fn alu_locked<T: Int, const OP: u8>(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
     step(cpu, ip, |cpu, u| {
         let at = cpu.ea(u)?;
         // The second operand is a register or, if there is none, the immediate.
-        let b = if u.op == 1 { T::from64(u.imm) } else { T::get(cpu, u.src) };
+        let b = if u.op == 1 {
+            T::from64(u.imm)
+        } else {
+            T::get(cpu, u.src)
+        };
         let before = cpu.cc;
         cpu.modify_locked::<T>(at, |cpu, a| {
             cpu.cc = before;
@@ -255,7 +263,9 @@ fn cmpxchg_pair<const BYTES: usize>(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
         let new = pair(cpu, RCX, RBX);
         let found = if BYTES == 8 {
             let (expected, new) = (expected as u64, new as u64);
-            u128::from(cpu.modify_locked::<u64>(at, |_, old| if old == expected { new } else { old })?)
+            u128::from(
+                cpu.modify_locked::<u64>(at, |_, old| if old == expected { new } else { old })?,
+            )
         } else {
             cpu.cas_slow(at, 16, expected, new)?
         };

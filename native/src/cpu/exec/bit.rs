@@ -26,13 +26,19 @@ fn change<T: Int, const OP: u8>(value: T, bit: u32) -> T {
 /// BT, BTS, BTR, BTC. A register bit offset reaches beyond a memory operand, signed.
 fn bit<T: Int, const OP: u8>(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
     step(cpu, ip, |cpu, u| {
-        let offset = if u.op == 1 { T::from64(u.imm) } else { T::get(cpu, u.src) };
+        let offset = if u.op == 1 {
+            T::from64(u.imm)
+        } else {
+            T::get(cpu, u.src)
+        };
         let number = offset.to64() as u32 & (T::BITS - 1);
         let old = if u.mem {
             let mut place = *u;
             if u.op == 0 {
                 let words = offset.sext() as i64 >> T::BITS.trailing_zeros();
-                place.disp = place.disp.wrapping_add((words as u64).wrapping_mul(T::BYTES));
+                place.disp = place
+                    .disp
+                    .wrapping_add((words as u64).wrapping_mul(T::BYTES));
             }
             let at = cpu.ea(&place)?;
             if OP == TEST {
@@ -55,7 +61,7 @@ fn bit<T: Int, const OP: u8>(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
             old
         };
         let carry = old.to64() >> number & 1;
-        cpu.cc = Lazy::bits(cpu.cc.all() & !CF | carry * CF);
+        cpu.cc = Lazy::bits(cpu.cc.all() & !CF | (carry * CF));
         Ok(())
     })
 }
@@ -76,7 +82,11 @@ fn scan<T: Int, const REVERSE: bool>(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
         // The other flags are undefined: processors derive them from the source, as TEST does.
         cpu.cc = lazy(Kind::Logic, T::from64(value), 0);
         if value != 0 {
-            let number = if REVERSE { 63 - value.leading_zeros() } else { value.trailing_zeros() };
+            let number = if REVERSE {
+                63 - value.leading_zeros()
+            } else {
+                value.trailing_zeros()
+            };
             T::set(cpu, u.dst, T::from64(number.into()));
         }
         Ok(())
@@ -96,7 +106,7 @@ fn count<T: Int>(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
         cpu.cc = Lazy::bits(if u.op == 2 {
             u64::from(value == 0) * ZF
         } else {
-            u64::from(value == 0) * CF | u64::from(res == 0) * ZF
+            (u64::from(value == 0) * CF) | (u64::from(res == 0) * ZF)
         });
         Ok(())
     })

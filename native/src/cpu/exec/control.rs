@@ -95,7 +95,11 @@ fn jcxz(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
         _ => u64::MAX,
     };
     if u.op == 0 {
-        return if cpu.gpr[RCX] & mask == 0 { Flow::Taken } else { Flow::Next };
+        return if cpu.gpr[RCX] & mask == 0 {
+            Flow::Taken
+        } else {
+            Flow::Next
+        };
     }
     let count = cpu.gpr[RCX].wrapping_sub(1) & mask;
     match u.asize {
@@ -166,7 +170,11 @@ impl Cpu {
     #[inline(always)]
     pub fn target_ok(&self, to: u64) -> bool {
         if self.long {
-            let shift = if self.cr4 & crate::cpu::state::cr4::LA57 != 0 { 7 } else { 16 };
+            let shift = if self.cr4 & crate::cpu::state::cr4::LA57 != 0 {
+                7
+            } else {
+                16
+            };
             ((to << shift) as i64 >> shift) as u64 == to
         } else {
             to <= u64::from(self.seg[crate::cpu::state::CS].limit)
@@ -212,7 +220,11 @@ fn iret(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
 pub fn lower(insn: &Instruction, uop: &mut Uop, mode: u32) -> Option<Handler> {
     let bits = bitness(mode);
     // Operand size of near branches: 64 bits in 64-bit mode whatever the prefixes say.
-    let near = if bits == 64 { 8 } else { operand_size_of_branch(insn, bits) };
+    let near = if bits == 64 {
+        8
+    } else {
+        operand_size_of_branch(insn, bits)
+    };
     macro_rules! near {
         ($handler:ident $(, $arg:tt)*) => {
             match near {
@@ -225,7 +237,9 @@ pub fn lower(insn: &Instruction, uop: &mut Uop, mode: u32) -> Option<Handler> {
     let handler = match insn.mnemonic() {
         Mnemonic::Jmp if insn.is_jmp_short_or_near() => jmp,
         Mnemonic::Call if insn.is_call_near() => near!(call_near),
-        Mnemonic::Jmp | Mnemonic::Call if insn.is_jmp_near_indirect() || insn.is_call_near_indirect() => {
+        Mnemonic::Jmp | Mnemonic::Call
+            if insn.is_jmp_near_indirect() || insn.is_call_near_indirect() =>
+        {
             if uop.mem {
                 uop.size = near;
             } else {
@@ -246,16 +260,28 @@ pub fn lower(insn: &Instruction, uop: &mut Uop, mode: u32) -> Option<Handler> {
                 let wide = matches!(insn.code(), Code::Jmp_ptr1632 | Code::Call_ptr1632);
                 uop.size = if wide { 4 } else { 2 };
                 uop.disp = u64::from(insn.far_branch_selector());
-                uop.imm = if wide { insn.far_branch32().into() } else { insn.far_branch16().into() };
+                uop.imm = if wide {
+                    insn.far_branch32().into()
+                } else {
+                    insn.far_branch16().into()
+                };
                 far_direct
             }
         }
         Mnemonic::Ret => {
-            uop.imm = if insn.op_count() > 0 { u64::from(insn.immediate16()) } else { 0 };
+            uop.imm = if insn.op_count() > 0 {
+                u64::from(insn.immediate16())
+            } else {
+                0
+            };
             near!(ret_near)
         }
         Mnemonic::Retf => {
-            uop.imm = if insn.op_count() > 0 { u64::from(insn.immediate16()) } else { 0 };
+            uop.imm = if insn.op_count() > 0 {
+                u64::from(insn.immediate16())
+            } else {
+                0
+            };
             uop.size = match insn.code() {
                 Code::Retfw | Code::Retfw_imm16 => 2,
                 Code::Retfd | Code::Retfd_imm16 => 4,

@@ -3,7 +3,9 @@
 use iced_x86::{Code, Instruction, Mnemonic};
 
 use crate::cpu::exec::control;
-use crate::cpu::flags::{Lazy, AC, AF, ARITH, CF, DF, ID, IF, IOPL, NT, OF, PF, RF, SF, TF, VIF, VIP, VM, ZF};
+use crate::cpu::flags::{
+    Lazy, AC, AF, ARITH, CF, DF, ID, IF, IOPL, NT, OF, PF, RF, SF, TF, VIF, VIP, VM, ZF,
+};
 use crate::cpu::int::{Int, HIGH};
 use crate::cpu::state::{block, cr4, Cpu, StopKind};
 use crate::cpu::uop::{last, step, Flow, Handler, Ip, Uop};

@@ -70,7 +70,11 @@ fn extend<T: Int, S: Int, const SIGNED: bool>(cpu: &mut Cpu, ip: Ip<'_>) -> Flow
         } else {
             S::get(cpu, u.src)
         };
-        T::set(cpu, u.dst, T::from64(if SIGNED { value.sext() } else { value.to64() }));
+        T::set(
+            cpu,
+            u.dst,
+            T::from64(if SIGNED { value.sext() } else { value.to64() }),
+        );
         Ok(())
     })
 }
@@ -85,7 +89,11 @@ fn cmov<T: Int>(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
             T::get(cpu, u.src)
         };
         // A 32-bit destination is zero-extended even if nothing moves.
-        let value = if cpu.cc.cond_dyn(u.op) { value } else { T::get(cpu, u.dst) };
+        let value = if cpu.cc.cond_dyn(u.op) {
+            value
+        } else {
+            T::get(cpu, u.dst)
+        };
         T::set(cpu, u.dst, value);
         Ok(())
     })
@@ -348,7 +356,11 @@ fn pusha(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
     step(cpu, ip, |cpu, u| {
         let rsp = cpu.gpr[RSP];
         for register in 0..8 {
-            let value = if register == RSP { rsp } else { cpu.gpr[register] };
+            let value = if register == RSP {
+                rsp
+            } else {
+                cpu.gpr[register]
+            };
             if let Err(stop) = cpu.push_sized(value, u.size) {
                 cpu.gpr[RSP] = rsp;
                 return Err(stop);
@@ -371,7 +383,11 @@ fn popa(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
                 }
             }
         }
-        for (register, value) in values.into_iter().enumerate().filter(|&(register, _)| register != RSP) {
+        for (register, value) in values
+            .into_iter()
+            .enumerate()
+            .filter(|&(register, _)| register != RSP)
+        {
             if u.size == 2 {
                 u16::set(cpu, register as u8, value as u16);
             } else {
@@ -411,7 +427,11 @@ fn spread(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
 /// XLATB: [RBX + AL]. iced names AL as an index; only its byte counts.
 fn xlat(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
     step(cpu, ip, |cpu, u| {
-        let place = Uop { index: crate::cpu::state::ZERO as u8, disp: cpu.gpr[RAX] & 0xff, ..*u };
+        let place = Uop {
+            index: crate::cpu::state::ZERO as u8,
+            disp: cpu.gpr[RAX] & 0xff,
+            ..*u
+        };
         let at = cpu.ea(&place)?;
         let value = cpu.load::<u8>(at)?;
         u8::set(cpu, 0, value);
@@ -452,7 +472,8 @@ pub fn condition_of(insn: &Instruction) -> u8 {
 
 fn mov(insn: &Instruction, uop: &mut Uop) -> Option<Handler> {
     let (to, from) = (insn.op0_kind(), insn.op1_kind());
-    if to == OpKind::Register && !insn.op0_register().is_gpr() || from == OpKind::Register && !insn.op1_register().is_gpr()
+    if to == OpKind::Register && !insn.op0_register().is_gpr()
+        || from == OpKind::Register && !insn.op1_register().is_gpr()
     {
         // Segment, control and debug registers: the system family.
         return None;
@@ -625,7 +646,10 @@ pub fn lower(insn: &Instruction, uop: &mut Uop, mode: u32) -> Option<Handler> {
                 return None;
             }
             uop.op = condition(insn);
-            if insn.op_count() == 1 && operand_size(insn, 0) == 1 && insn.op0_kind() != OpKind::NearBranch64 {
+            if insn.op_count() == 1
+                && operand_size(insn, 0) == 1
+                && insn.op0_kind() != OpKind::NearBranch64
+            {
                 uop.size = 1;
                 if !uop.mem {
                     uop.dst = gpr(insn.op0_register());

@@ -35,7 +35,11 @@ fn multiply<T: Int, const SIGNED: bool>(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
         let (low, upper, over) = if SIGNED {
             let product = i128::from(a.sext() as i64) * i128::from(b.sext() as i64);
             let low = T::from64(product as u64);
-            (low, T::from64((product >> T::BITS) as u64), i128::from(low.sext() as i64) != product)
+            (
+                low,
+                T::from64((product >> T::BITS) as u64),
+                i128::from(low.sext() as i64) != product,
+            )
         } else {
             let product = u128::from(a.to64()) * u128::from(b.to64());
             let upper = T::from64((product >> T::BITS) as u64);
@@ -53,7 +57,11 @@ fn multiply<T: Int, const SIGNED: bool>(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
 fn imul<T: Int>(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
     step(cpu, ip, |cpu, u| {
         let b = source::<T>(cpu, u)?;
-        let a = if u.op == 1 { T::from64(u.imm) } else { T::get(cpu, u.dst) };
+        let a = if u.op == 1 {
+            T::from64(u.imm)
+        } else {
+            T::get(cpu, u.dst)
+        };
         let product = i128::from(a.sext() as i64) * i128::from(b.sext() as i64);
         let low = T::from64(product as u64);
         let over = i128::from(low.sext() as i64) != product;
@@ -75,7 +83,9 @@ fn divide<T: Int, const SIGNED: bool>(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
             let dividend = (i128::from(upper.sext() as i64) << T::BITS) | i128::from(low.to64());
             let by = i128::from(divisor.sext() as i64);
             // i128::MIN / -1 is the one quotient that does not fit 128 bits.
-            let Some(quotient) = dividend.checked_div(by) else { return Err(cpu.raise(0, None)) };
+            let Some(quotient) = dividend.checked_div(by) else {
+                return Err(cpu.raise(0, None));
+            };
             let fits = T::from64(quotient as u64);
             if i128::from(fits.sext() as i64) != quotient {
                 return Err(cpu.raise(0, None));
@@ -92,7 +102,11 @@ fn divide<T: Int, const SIGNED: bool>(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
             if quotient >> T::BITS != 0 {
                 return Err(cpu.raise(0, None));
             }
-            let remainder = if upper == T::ZERO { low.to64() % divisor.to64() } else { (dividend % by) as u64 };
+            let remainder = if upper == T::ZERO {
+                low.to64() % divisor.to64()
+            } else {
+                (dividend % by) as u64
+            };
             (T::from64(quotient as u64), T::from64(remainder))
         };
         T::set(cpu, RAX as u8, quotient);
@@ -109,7 +123,13 @@ fn decimal(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
         let adjust = al & 15 > 9 || half;
         match u.op {
             0 | 1 => {
-                let six = |value: u8, by: u8| if u.op == 0 { value.wrapping_add(by) } else { value.wrapping_sub(by) };
+                let six = |value: u8, by: u8| {
+                    if u.op == 0 {
+                        value.wrapping_add(by)
+                    } else {
+                        value.wrapping_sub(by)
+                    }
+                };
                 let mut res = al;
                 let mut out = false;
                 if adjust {
@@ -123,7 +143,11 @@ fn decimal(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
                     out = false;
                 }
                 u8::set(cpu, 0, res);
-                cpu.cc = lazy(Kind::Part, res, u64::from(out) * CF | u64::from(adjust) * AF);
+                cpu.cc = lazy(
+                    Kind::Part,
+                    res,
+                    (u64::from(out) * CF) | (u64::from(adjust) * AF),
+                );
             }
             2 | 3 => {
                 let mut ax = u16::get(cpu, 0);

@@ -30,13 +30,17 @@ fn operate<T: Int, const OP: u8>(cpu: &mut Cpu, a: T, count: u32) -> T {
             // Counts beyond the width shift everything out (8- and 16-bit operands).
             let (res, carry) = if count <= bits {
                 let carry = value >> (bits - count) & 1;
-                let res = if count == bits && bits == 64 { 0 } else { value.wrapping_shl(count) * u64::from(count < 64) };
+                let res = if count == bits && bits == 64 {
+                    0
+                } else {
+                    value.wrapping_shl(count) * u64::from(count < 64)
+                };
                 (T::from64(res), carry)
             } else {
                 (T::ZERO, 0)
             };
             let over = u64::from(res.msb()) ^ carry;
-            cpu.cc = lazy(Kind::Part, res, carry * CF | over * OF);
+            cpu.cc = lazy(Kind::Part, res, (carry * CF) | (over * OF));
             res
         }
         SHR => {
@@ -44,7 +48,7 @@ fn operate<T: Int, const OP: u8>(cpu: &mut Cpu, a: T, count: u32) -> T {
             let res = T::from64((wide >> count) as u64);
             let carry = (wide >> (count - 1)) as u64 & 1;
             let over = if count == 1 { u64::from(a.msb()) } else { 0 };
-            cpu.cc = lazy(Kind::Part, res, carry * CF | over * OF);
+            cpu.cc = lazy(Kind::Part, res, (carry * CF) | (over * OF));
             res
         }
         SAR => {
@@ -56,7 +60,14 @@ fn operate<T: Int, const OP: u8>(cpu: &mut Cpu, a: T, count: u32) -> T {
         }
         ROL | ROR => {
             let turn = count % bits;
-            let res = rotate_left::<T>(value, if OP == ROL { turn } else { (bits - turn) % bits });
+            let res = rotate_left::<T>(
+                value,
+                if OP == ROL {
+                    turn
+                } else {
+                    (bits - turn) % bits
+                },
+            );
             let (carry, over) = if OP == ROL {
                 let carry = res.to64() & 1;
                 (carry, u64::from(res.msb()) ^ carry)
@@ -102,14 +113,18 @@ fn rotate_left<T: Int>(value: u64, by: u32) -> T {
 
 /// Rotates change CF and OF only.
 fn set_carry_overflow(cpu: &mut Cpu, carry: u64, over: u64) {
-    cpu.cc = Lazy::bits(cpu.cc.all() & !(CF | OF) | carry * CF | over * OF);
+    cpu.cc = Lazy::bits(cpu.cc.all() & !(CF | OF) | (carry * CF) | (over * OF));
 }
 
 /// `src` is CL if `op` is 1, else the count is `imm`.
 fn shift<T: Int, const OP: u8>(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
     step(cpu, ip, |cpu, u| {
         let mask = if T::BITS == 64 { 63 } else { 31 };
-        let count = if u.op == 1 { cpu.gpr[RCX] as u32 } else { u.imm as u32 } & mask;
+        let count = if u.op == 1 {
+            cpu.gpr[RCX] as u32
+        } else {
+            u.imm as u32
+        } & mask;
         if u.mem {
             let at = cpu.ea(u)?;
             if count == 0 {
@@ -119,7 +134,11 @@ fn shift<T: Int, const OP: u8>(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
             return cpu.modify::<T>(at, |cpu, a| operate::<T, OP>(cpu, a, count));
         }
         let a = T::get(cpu, u.dst);
-        let res = if count == 0 { a } else { operate::<T, OP>(cpu, a, count) };
+        let res = if count == 0 {
+            a
+        } else {
+            operate::<T, OP>(cpu, a, count)
+        };
         T::set(cpu, u.dst, res);
         Ok(())
     })
@@ -129,7 +148,11 @@ fn shift<T: Int, const OP: u8>(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
 fn double<T: Int, const LEFT: bool>(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
     step(cpu, ip, |cpu, u| {
         let mask = if T::BITS == 64 { 63 } else { 31 };
-        let count = if u.op == 1 { cpu.gpr[RCX] as u32 } else { u.imm as u32 } & mask;
+        let count = if u.op == 1 {
+            cpu.gpr[RCX] as u32
+        } else {
+            u.imm as u32
+        } & mask;
         let b = T::get(cpu, u.src);
         let work = |cpu: &mut Cpu, a: T| {
             if count == 0 {
@@ -142,19 +165,37 @@ fn double<T: Int, const LEFT: bool>(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
             // first operand, as a rotation of the pair.
             let both = 2 * bits;
             let turned = if LEFT {
-                wide << count | if both < 128 { wide >> (both - count) } else { 0 }
+                wide << count
+                    | if both < 128 {
+                        wide >> (both - count)
+                    } else {
+                        0
+                    }
             } else {
-                wide >> count | if both < 128 { wide << (both - count) } else { 0 }
+                wide >> count
+                    | if both < 128 {
+                        wide << (both - count)
+                    } else {
+                        0
+                    }
             };
             let (res, carry) = if LEFT {
-                let carry = if count <= bits { a.to64() >> (bits - count) } else { b.to64() >> (2 * bits - count) };
+                let carry = if count <= bits {
+                    a.to64() >> (bits - count)
+                } else {
+                    b.to64() >> (2 * bits - count)
+                };
                 (T::from64((turned >> bits) as u64), carry & 1)
             } else {
-                let carry = if count <= bits { a.to64() >> (count - 1) } else { b.to64() >> (count - 1 - bits) };
+                let carry = if count <= bits {
+                    a.to64() >> (count - 1)
+                } else {
+                    b.to64() >> (count - 1 - bits)
+                };
                 (T::from64(turned as u64), carry & 1)
             };
             let over = u64::from(res.xor(a).msb());
-            cpu.cc = lazy(Kind::Part, res, carry * CF | over * OF);
+            cpu.cc = lazy(Kind::Part, res, (carry * CF) | (over * OF));
             res
         };
         if u.mem {

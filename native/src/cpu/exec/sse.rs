@@ -75,7 +75,11 @@ fn move_out(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
 /// MOVSS, MOVSD between registers: the low part only.
 fn move_low(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
     step(cpu, ip, |cpu, u| {
-        let mask = if u.size == 4 { 0xffff_ffff } else { u64::MAX.into() };
+        let mask = if u.size == 4 {
+            0xffff_ffff
+        } else {
+            u64::MAX.into()
+        };
         let value = cpu.ext.xmm[usize::from(u.src & 15)];
         let into = &mut cpu.ext.xmm[usize::from(u.dst & 15)];
         *into = *into & !mask | value & mask;
@@ -140,7 +144,10 @@ fn half_out(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
     step(cpu, ip, |cpu, u| {
         let at = cpu.ea(u)?;
         let value = cpu.ext.xmm[usize::from(u.src & 15)];
-        cpu.store::<u64>(at, (if u.imm & 2 != 0 { value >> 64 } else { value }) as u64)
+        cpu.store::<u64>(
+            at,
+            (if u.imm & 2 != 0 { value >> 64 } else { value }) as u64,
+        )
     })
 }
 
@@ -195,7 +202,12 @@ fn is_xmm(insn: &Instruction, operand: u32) -> bool {
 fn lower_moves(insn: &Instruction, uop: &mut Uop) -> Option<Handler> {
     let aligned = matches!(
         insn.mnemonic(),
-        Mnemonic::Movaps | Mnemonic::Movapd | Mnemonic::Movdqa | Mnemonic::Movntps | Mnemonic::Movntpd | Mnemonic::Movntdq
+        Mnemonic::Movaps
+            | Mnemonic::Movapd
+            | Mnemonic::Movdqa
+            | Mnemonic::Movntps
+            | Mnemonic::Movntpd
+            | Mnemonic::Movntdq
     );
     uop.op = if aligned { 0x80 } else { 0 };
     if insn.op0_kind() == OpKind::Memory {

@@ -38,10 +38,20 @@ fn bump(cpu: &mut Cpu, u: &Uop, register: usize, by: u64) {
 
 impl Cpu {
     /// Linear address of a string operand: `register` in `segment`.
-    pub fn string_address(&mut self, u: &Uop, register: usize, segment: usize, size: u64) -> Result<u64, Stop> {
+    pub fn string_address(
+        &mut self,
+        u: &Uop,
+        register: usize,
+        segment: usize,
+        size: u64,
+    ) -> Result<u64, Stop> {
         let offset = self.gpr[register] & mask(u);
         if self.long {
-            let base = if segment >= FS { self.gpr[SEG_BASE + segment] } else { 0 };
+            let base = if segment >= FS {
+                self.gpr[SEG_BASE + segment]
+            } else {
+                0
+            };
             return Ok(offset.wrapping_add(base));
         }
         let hidden = self.seg[segment];
@@ -53,7 +63,11 @@ impl Cpu {
 /// One element. Nothing is committed unless it succeeds.
 #[inline(always)]
 fn element<T: Int, const OP: u8>(cpu: &mut Cpu, u: &Uop) -> Result<(), Stop> {
-    let delta = if cpu.flags & DF != 0 { T::BYTES.wrapping_neg() } else { T::BYTES };
+    let delta = if cpu.flags & DF != 0 {
+        T::BYTES.wrapping_neg()
+    } else {
+        T::BYTES
+    };
     match OP {
         MOVS => {
             let from = cpu.string_address(u, RSI, u.segment.into(), T::BYTES)?;
@@ -102,7 +116,11 @@ fn bulk<T: Int, const OP: u8>(cpu: &mut Cpu, u: &Uop, count: u64) -> Result<u64,
     let shots = cpu.counters.shootdowns;
     let to = cpu.string_address(u, RDI, ES, T::BYTES)?;
     let mut room = 0x1000 - (to & 0xfff);
-    let from = if OP == MOVS { cpu.string_address(u, RSI, u.segment.into(), T::BYTES)? } else { 0 };
+    let from = if OP == MOVS {
+        cpu.string_address(u, RSI, u.segment.into(), T::BYTES)?
+    } else {
+        0
+    };
     if OP == MOVS {
         room = room.min(0x1000 - (from & 0xfff));
     }
@@ -111,8 +129,14 @@ fn bulk<T: Int, const OP: u8>(cpu: &mut Cpu, u: &Uop, count: u64) -> Result<u64,
         return Ok(0);
     }
     let bytes = (elements * T::BYTES) as usize;
-    let source = if OP == MOVS { cpu.pointer(from, false)? } else { None };
-    let Some(into) = cpu.pointer(to, true)? else { return Ok(0) };
+    let source = if OP == MOVS {
+        cpu.pointer(from, false)?
+    } else {
+        None
+    };
+    let Some(into) = cpu.pointer(to, true)? else {
+        return Ok(0);
+    };
     if cpu.counters.shootdowns != shots {
         return Ok(0);
     }
@@ -161,7 +185,8 @@ fn repeated<T: Int, const OP: u8>(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
                 if cpu.event_due() {
                     // Let the event in; the instruction goes on afterwards.
                     cpu.partial = u32::from(u.n);
-                    cpu.rip = cpu.ip_mask(cpu.gpr[crate::cpu::state::BLOCK].wrapping_add(u64::from(u.at)));
+                    cpu.rip = cpu
+                        .ip_mask(cpu.gpr[crate::cpu::state::BLOCK].wrapping_add(u64::from(u.at)));
                     cpu.stop = StopKind::Sync;
                     return Ok(Flow::Stop);
                 }
@@ -216,7 +241,11 @@ pub fn lower(insn: &Instruction, uop: &mut Uop, mode: u32) -> Option<Handler> {
     uop.asize = address_size(insn, mode);
     uop.segment = segment_number(insn.memory_segment()) as u8;
     let segment = usize::from(uop.segment);
-    uop.seg = if bitness(mode) == 64 && segment < FS { ZERO as u8 } else { (SEG_BASE + segment) as u8 };
+    uop.seg = if bitness(mode) == 64 && segment < FS {
+        ZERO as u8
+    } else {
+        (SEG_BASE + segment) as u8
+    };
     let _ = mode::BITS;
     Some(if uop.rep == 0 {
         match op {

@@ -9,7 +9,8 @@ use crate::cpu::flags::{Lazy, ARITH, CF, IF, OF, RF, VM, ZF};
 use crate::cpu::int::Int;
 use crate::cpu::interrupt::HALTED;
 use crate::cpu::state::{
-    block, cr0, cr4, efer, Cpu, Segment, Stop, CS, DS, ES, FS, GS, LDTR, R11, RAX, RCX, RDX, RSP, SS, TR,
+    block, cr0, cr4, efer, Cpu, Segment, Stop, CS, DS, ES, FS, GS, LDTR, R11, RAX, RCX, RDX, RSP,
+    SS, TR,
 };
 use crate::cpu::uop::{last, step, Flow, Handler, Ip, Uop};
 use crate::cpu::vmx_ctl::{primary, secondary};
@@ -295,7 +296,11 @@ fn table(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
             if wide && !cpu.canonical(base) {
                 return Err(cpu.gp(0));
             }
-            let register = if u.op == 2 { &mut cpu.gdtr } else { &mut cpu.idtr };
+            let register = if u.op == 2 {
+                &mut cpu.gdtr
+            } else {
+                &mut cpu.idtr
+            };
             register.base = base;
             register.limit = limit.into();
         } else {
@@ -406,13 +411,25 @@ impl Cpu {
             2 => descriptor.ordinary() && (!descriptor.code() || descriptor.permits()),
             _ => descriptor.ordinary() && !descriptor.code() && descriptor.permits(),
         };
-        Ok(ok.then(|| if op == 0 { (descriptor.raw >> 32) as u32 & 0x00ff_ff00 } else { descriptor.limit() }))
+        Ok(ok.then(|| {
+            if op == 0 {
+                (descriptor.raw >> 32) as u32 & 0x00ff_ff00
+            } else {
+                descriptor.limit()
+            }
+        }))
     }
 
     /// VM-exit instruction information of a memory operand (SDM vol. 3, 27.2.5), with `extra` bits added.
     pub fn instruction_info(&self, u: &Uop, extra: u32) -> u32 {
         use crate::cpu::state::{BLOCK, ZERO};
-        let register = |index: u8| if usize::from(index) < 16 { u32::from(index) } else { 0 };
+        let register = |index: u8| {
+            if usize::from(index) < 16 {
+                u32::from(index)
+            } else {
+                0
+            }
+        };
         let mut info = extra | u32::from(u.scale & 3);
         info |= match u.ea {
             crate::cpu::uop::ea::FLAT => 2,
@@ -480,7 +497,10 @@ impl Cpu {
             _ => return Ok(true),
         };
         let bit = msr & 0x1fff;
-        let at = (self.ctl.msr_bitmap | self.ctl.hkid) + half + u64::from(write) * 0x800 + u64::from(bit >> 5) * 4;
+        let at = (self.ctl.msr_bitmap | self.ctl.hkid)
+            + half
+            + u64::from(write) * 0x800
+            + u64::from(bit >> 5) * 4;
         Ok(self.phys_rd32(at)? >> (bit & 31) & 1 != 0)
     }
 
@@ -494,7 +514,11 @@ impl Cpu {
         }
         let offset = u64::from(msr & 0xff) << 4;
         let low = self.vapic_read(offset)?;
-        let high = if msr == 0x830 { self.vapic_read(offset + 4)? } else { 0 };
+        let high = if msr == 0x830 {
+            self.vapic_read(offset + 4)?
+        } else {
+            0
+        };
         Ok(Some(u64::from(high) << 32 | u64::from(low)))
     }
 
@@ -570,7 +594,11 @@ fn rdtsc(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
             return Err(cpu.gp(0));
         }
         if cpu.ctl.primary(primary::RDTSC) {
-            let reason = if u.op == 1 { reason::RDTSCP } else { reason::RDTSC };
+            let reason = if u.op == 1 {
+                reason::RDTSCP
+            } else {
+                reason::RDTSC
+            };
             return Err(cpu.exit_with(reason, 0));
         }
         let tsc = cpu.tsc_at(u);
@@ -608,8 +636,11 @@ fn rdpmc(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
 
 fn random<T: Int>(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
     step(cpu, ip, |cpu, u| {
-        let (control, reason) =
-            if u.op == 0 { (secondary::RDRAND, reason::RDRAND) } else { (secondary::RDSEED, reason::RDSEED) };
+        let (control, reason) = if u.op == 0 {
+            (secondary::RDRAND, reason::RDRAND)
+        } else {
+            (secondary::RDSEED, reason::RDSEED)
+        };
         if cpu.ctl.secondary(control) {
             let size = match T::BYTES {
                 2 => 0,
@@ -656,7 +687,9 @@ impl Cpu {
             return Ok(self.ctl.primary(primary::IO));
         }
         for offset in 0..u16::from(size) {
-            let Some(port) = port.checked_add(offset) else { return Ok(true) };
+            let Some(port) = port.checked_add(offset) else {
+                return Ok(true);
+            };
             let (field, bit) = if port < 0x8000 {
                 (crate::cpu::vmcs::field::IO_BITMAP_A, port)
             } else {
@@ -674,7 +707,11 @@ impl Cpu {
 /// IN and OUT. `op` bit 0: IN; bit 1: immediate port.
 fn port_io(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
     last(cpu, ip, |cpu, u| {
-        let port = if u.op & 2 != 0 { u.imm as u16 & 0xff } else { cpu.gpr[RDX] as u16 };
+        let port = if u.op & 2 != 0 {
+            u.imm as u16 & 0xff
+        } else {
+            cpu.gpr[RDX] as u16
+        };
         cpu.io_allowed(port, u.size)?;
         if cpu.io_exits(port, u.size)? {
             let qualification = u64::from(u.size - 1)
@@ -709,8 +746,11 @@ fn string_io(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
         let port = cpu.gpr[RDX] as u16;
         cpu.io_allowed(port, u.size)?;
         let input = u.op == 1;
-        let (register, segment) =
-            if input { (crate::cpu::state::RDI, ES) } else { (crate::cpu::state::RSI, usize::from(u.segment)) };
+        let (register, segment) = if input {
+            (crate::cpu::state::RDI, ES)
+        } else {
+            (crate::cpu::state::RSI, usize::from(u.segment))
+        };
         let at = cpu.string_address(u, register, segment, u.size.into())?;
         if cpu.io_exits(port, u.size)? {
             let qualification = u64::from(u.size - 1)
@@ -740,7 +780,11 @@ fn string_io(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
         };
         let mut add = |register: usize, by: u64| {
             let value = cpu.gpr[register].wrapping_add(by) & mask;
-            cpu.gpr[register] = if u.asize == 2 { cpu.gpr[register] & !0xffff | value } else { value };
+            cpu.gpr[register] = if u.asize == 2 {
+                cpu.gpr[register] & !0xffff | value
+            } else {
+                value
+            };
         };
         add(register, delta);
         if u.rep != 0 {
@@ -761,22 +805,33 @@ fn string_io(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
 
 fn software_event(cpu: &mut Cpu, u: &Uop, vector: u8, kind: u8) -> Result<Flow, Stop> {
     cpu.rip = cpu.ip_mask(cpu.gpr[crate::cpu::state::BLOCK].wrapping_add(u.at.into()));
-    cpu.take(Event { vector, kind, error: None, length: u.len() })?;
+    cpu.take(Event {
+        vector,
+        kind,
+        error: None,
+        length: u.len(),
+    })?;
     cpu.partial = u32::from(u.n) + 1;
     cpu.stop = crate::cpu::state::StopKind::Sync;
     Ok(Flow::Stop)
 }
 
 fn int_n(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
-    last(cpu, ip, |cpu, u| software_event(cpu, u, u.imm as u8, kind::SOFT_INT))
+    last(cpu, ip, |cpu, u| {
+        software_event(cpu, u, u.imm as u8, kind::SOFT_INT)
+    })
 }
 
 fn int3(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
-    last(cpu, ip, |cpu, u| software_event(cpu, u, 3, kind::SOFT_EXCEPTION))
+    last(cpu, ip, |cpu, u| {
+        software_event(cpu, u, 3, kind::SOFT_EXCEPTION)
+    })
 }
 
 fn int1(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
-    last(cpu, ip, |cpu, u| software_event(cpu, u, 1, kind::PRIVILEGED))
+    last(cpu, ip, |cpu, u| {
+        software_event(cpu, u, 1, kind::PRIVILEGED)
+    })
 }
 
 fn into(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
@@ -791,7 +846,12 @@ fn into(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
 
 /// Flat segments that system calls load without reading a descriptor.
 fn flat(sel: u16, rights: u32) -> Segment {
-    Segment { sel, rights, limit: 0xffff_ffff, base: 0 }
+    Segment {
+        sel,
+        rights,
+        limit: 0xffff_ffff,
+        base: 0,
+    }
 }
 
 const CODE64: u32 = 0xa09b;
@@ -855,8 +915,16 @@ fn sysenter(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
         }
         let long = cpu.long_mode();
         cpu.flags &= !(IF | VM | RF);
-        cpu.gpr[RSP] = if long { cpu.sysenter_esp } else { cpu.sysenter_esp & 0xffff_ffff };
-        cpu.rip = if long { cpu.sysenter_eip } else { cpu.sysenter_eip & 0xffff_ffff };
+        cpu.gpr[RSP] = if long {
+            cpu.sysenter_esp
+        } else {
+            cpu.sysenter_esp & 0xffff_ffff
+        };
+        cpu.rip = if long {
+            cpu.sysenter_eip
+        } else {
+            cpu.sysenter_eip & 0xffff_ffff
+        };
         cpu.seg[CS] = flat(selector, if long { CODE64 } else { CODE32 });
         cpu.seg[SS] = flat(selector + 8, DATA);
         cpu.cpl = 0;
@@ -895,9 +963,7 @@ fn swapgs(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
             return Err(cpu.ud());
         }
         supervisor(cpu)?;
-        let base = cpu.seg[GS].base;
-        cpu.seg[GS].base = cpu.kernel_gs_base;
-        cpu.kernel_gs_base = base;
+        std::mem::swap(&mut cpu.seg[GS].base, &mut cpu.kernel_gs_base);
         cpu.gpr[crate::cpu::state::SEG_BASE + GS] = cpu.seg[GS].base;
         Ok(())
     })
@@ -960,7 +1026,11 @@ fn monitor(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
                     return Err(cpu.gp(0));
                 }
                 if cpu.ctl.primary(primary::RDTSC) {
-                    let reason = if u.op == 3 { reason::UMWAIT } else { reason::TPAUSE };
+                    let reason = if u.op == 3 {
+                        reason::UMWAIT
+                    } else {
+                        reason::TPAUSE
+                    };
                     return Err(cpu.exit_with(reason, 0));
                 }
                 cpu.cc = Lazy::bits(0);
@@ -970,14 +1040,21 @@ fn monitor(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
         if cpu.cpl != 0 {
             return Err(cpu.ud());
         }
-        let (control, reason) =
-            if u.op == 0 { (primary::MONITOR, reason::MONITOR) } else { (primary::MWAIT, reason::MWAIT) };
+        let (control, reason) = if u.op == 0 {
+            (primary::MONITOR, reason::MONITOR)
+        } else {
+            (primary::MWAIT, reason::MWAIT)
+        };
         if cpu.ctl.primary(control) {
             let armed = u64::from(cpu.monitor.is_some());
             return Err(cpu.exit_with(reason, if u.op == 0 { 0 } else { armed }));
         }
         if u.op == 0 {
-            let base = if u.segment as usize >= FS { cpu.seg[usize::from(u.segment)].base } else { 0 };
+            let base = if u.segment as usize >= FS {
+                cpu.seg[usize::from(u.segment)].base
+            } else {
+                0
+            };
             cpu.monitor = Some(cpu.gpr[RAX].wrapping_add(base));
         } else {
             cpu.monitor = None;
@@ -1143,9 +1220,18 @@ fn bound(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
     step(cpu, ip, |cpu, u| {
         let at = cpu.ea(u)?;
         let size = u64::from(u.size);
-        let (low, high) = (cpu.load_sized(at, size)?, cpu.load_sized(at.wrapping_add(size), size)?);
+        let (low, high) = (
+            cpu.load_sized(at, size)?,
+            cpu.load_sized(at.wrapping_add(size), size)?,
+        );
         let index = cpu.gpr[usize::from(u.dst)];
-        let signed = |value: u64| if size == 2 { i64::from(value as i16) } else { i64::from(value as i32) };
+        let signed = |value: u64| {
+            if size == 2 {
+                i64::from(value as i16)
+            } else {
+                i64::from(value as i32)
+            }
+        };
         if signed(index) < signed(low) || signed(index) > signed(high) {
             return Err(cpu.raise(5, None));
         }
@@ -1211,12 +1297,20 @@ fn lower_mov(insn: &Instruction, uop: &mut Uop) -> Option<Handler> {
         uop.op = to.number() as u8;
         uop.src = gpr(from);
         uop.ends = true;
-        return Some(if matches!(uop.op, 0 | 2 | 3 | 4 | 8) { mov_to_cr } else { control::invalid(uop) });
+        return Some(if matches!(uop.op, 0 | 2 | 3 | 4 | 8) {
+            mov_to_cr
+        } else {
+            control::invalid(uop)
+        });
     }
     if from.is_cr() {
         uop.op = from.number() as u8;
         uop.dst = gpr(to);
-        return Some(if matches!(uop.op, 0 | 2 | 3 | 4 | 8) { mov_from_cr } else { control::invalid(uop) });
+        return Some(if matches!(uop.op, 0 | 2 | 3 | 4 | 8) {
+            mov_from_cr
+        } else {
+            control::invalid(uop)
+        });
     }
     if to.is_dr() || from.is_dr() {
         let write = to.is_dr();
@@ -1244,7 +1338,12 @@ fn lower_io(insn: &Instruction, uop: &mut Uop, mode: u32) -> Option<Handler> {
             uop.ends = true;
             Some(port_io)
         }
-        Mnemonic::Insb | Mnemonic::Insw | Mnemonic::Insd | Mnemonic::Outsb | Mnemonic::Outsw | Mnemonic::Outsd => {
+        Mnemonic::Insb
+        | Mnemonic::Insw
+        | Mnemonic::Insd
+        | Mnemonic::Outsb
+        | Mnemonic::Outsw
+        | Mnemonic::Outsd => {
             (uop.op, uop.size) = match insn.mnemonic() {
                 Mnemonic::Insb => (1, 1),
                 Mnemonic::Insw => (1, 2),
@@ -1401,11 +1500,19 @@ pub fn lower(insn: &Instruction, uop: &mut Uop, mode: u32) -> Option<Handler> {
             };
             uop.dst = gpr(insn.op0_register());
             uop.src = uop.dst;
-            Some(if operand_size(insn, 0) == 4 { fsgsbase::<u32> } else { fsgsbase::<u64> })
+            Some(if operand_size(insn, 0) == 4 {
+                fsgsbase::<u32>
+            } else {
+                fsgsbase::<u64>
+            })
         }
         Mnemonic::Hlt => ending(uop, hlt),
         Mnemonic::Pause => ending(uop, pause),
-        Mnemonic::Monitor | Mnemonic::Mwait | Mnemonic::Umonitor | Mnemonic::Umwait | Mnemonic::Tpause => {
+        Mnemonic::Monitor
+        | Mnemonic::Mwait
+        | Mnemonic::Umonitor
+        | Mnemonic::Umwait
+        | Mnemonic::Tpause => {
             uop.op = match mnemonic {
                 Mnemonic::Monitor => 0,
                 Mnemonic::Mwait => 1,

@@ -108,7 +108,10 @@ pub fn lower(insn: &Instruction, uop: &mut Uop, _mode: u32) -> Option<Handler> {
         }
         _ => return None,
     };
-    if matches!(insn.mnemonic(), Mnemonic::Vmread | Mnemonic::Vmwrite | Mnemonic::Invept | Mnemonic::Invvpid) {
+    if matches!(
+        insn.mnemonic(),
+        Mnemonic::Vmread | Mnemonic::Vmwrite | Mnemonic::Invept | Mnemonic::Invvpid
+    ) {
         let register = if uop.mem && insn.op0_kind() == iced_x86::OpKind::Memory {
             insn.op1_register()
         } else {

@@ -6,7 +6,7 @@ use iced_x86::{Instruction, Mnemonic};
 
 use crate::cpu::decode::{gpr, mode};
 use crate::cpu::exec::control;
-use crate::cpu::ext::{Ext, X87, MXCSR_INIT, MXCSR_MASK};
+use crate::cpu::ext::{Ext, MXCSR_INIT, MXCSR_MASK, X87};
 use crate::cpu::state::{Cpu, Stop, RAX, RDX};
 use crate::cpu::uop::{step, Flow, Handler, Ip, Uop};
 use crate::cpu::vmx_ctl::secondary;
@@ -72,7 +72,10 @@ impl Ext {
         }
         for number in 0..8 {
             let at = 32 + usize::from(number) * 16;
-            let value = (u64::from_le_bytes(take(area, at)), u16::from_le_bytes(take(area, at + 8)));
+            let value = (
+                u64::from_le_bytes(take(area, at)),
+                u16::from_le_bytes(take(area, at + 8)),
+            );
             x87.regs[usize::from(x87.top.wrapping_add(number)) & 7] = value;
         }
     }
@@ -205,11 +208,22 @@ impl Cpu {
     }
 
     /// XRSTOR and XRSTORS: `false` is #GP. `all`: components that may be restored (XCR0, or with IA32_XSS).
-    fn xrstor_area(&mut self, area: &[u8], mask: u64, all: u64, only_compacted: bool, wide: bool) -> bool {
+    fn xrstor_area(
+        &mut self,
+        area: &[u8],
+        mask: u64,
+        all: u64,
+        only_compacted: bool,
+        wide: bool,
+    ) -> bool {
         let bv = u64::from_le_bytes(take(area, HEADER));
         let comp = u64::from_le_bytes(take(area, HEADER + 8));
         let compact = comp & COMPACTED != 0;
-        let reserved = if compact { &area[HEADER + 16..HEADER + 64] } else { &area[HEADER + 16..HEADER + 24] };
+        let reserved = if compact {
+            &area[HEADER + 16..HEADER + 64]
+        } else {
+            &area[HEADER + 16..HEADER + 24]
+        };
         let format_ok = if compact {
             comp & !COMPACTED & !all == 0 && bv & !comp == 0
         } else {
@@ -221,7 +235,11 @@ impl Cpu {
         let registers = if self.long { 16 } else { 8 };
         let loads = mask & bv & if compact { comp } else { u64::MAX };
         let mxcsr = u32::from_le_bytes(take(area, 24));
-        let takes_mxcsr = if compact { loads & 2 != 0 } else { mask & 6 != 0 };
+        let takes_mxcsr = if compact {
+            loads & 2 != 0
+        } else {
+            mask & 6 != 0
+        };
         if takes_mxcsr && mxcsr & !MXCSR_MASK != 0 {
             return false;
         }
@@ -272,9 +290,16 @@ impl Cpu {
         let mut area = [0; AREA];
         self.mem.read(pa, &mut area[..LEGACY], self.root_agent())?;
         let comp = u64::from_le_bytes(take(&area, HEADER + 8));
-        let extra: usize =
-            EXTENDED.iter().filter(|(component, ..)| comp >> component & 1 != 0).map(|(_, _, size)| size).sum();
-        self.mem.read(pa + LEGACY as u64, &mut area[LEGACY..LEGACY + extra], self.root_agent())?;
+        let extra: usize = EXTENDED
+            .iter()
+            .filter(|(component, ..)| comp >> component & 1 != 0)
+            .map(|(_, _, size)| size)
+            .sum();
+        self.mem.read(
+            pa + LEGACY as u64,
+            &mut area[LEGACY..LEGACY + extra],
+            self.root_agent(),
+        )?;
         let all = self.root_components();
         let long = std::mem::replace(&mut self.long, true);
         let ok = self.xrstor_area(&area, mask & all, all, true, true);
@@ -327,7 +352,11 @@ fn xrstor(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
         let mut area = [0; AREA];
         cpu.read_linear(at, &mut area[..LEGACY])?;
         let comp = u64::from_le_bytes(take(&area, HEADER + 8));
-        let end = if comp & COMPACTED != 0 { extent(comp & all, true) } else { extent(mask, false) };
+        let end = if comp & COMPACTED != 0 {
+            extent(comp & all, true)
+        } else {
+            extent(mask, false)
+        };
         cpu.read_linear(at, &mut area[..end])?;
         if !cpu.xrstor_area(&area, mask, all, u.op == 3, u.size == 8) {
             return Err(cpu.gp(0));
@@ -397,7 +426,10 @@ fn x87_control(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
         match u.op {
             0 => {
                 let regs = cpu.ext.x87.regs;
-                cpu.ext.x87 = X87 { regs, ..X87::default() };
+                cpu.ext.x87 = X87 {
+                    regs,
+                    ..X87::default()
+                };
             }
             1 => cpu.ext.x87.status &= 0x7f00,
             2 => {
@@ -439,7 +471,11 @@ fn lower_x87(insn: &Instruction, uop: &mut Uop, mode: u32) -> Option<Handler> {
     };
     uop.size = 2;
     let waiting = uop.op == 7;
-    let trapped = if waiting { mode & mode::TS != 0 && mode & mode::MP != 0 } else { mode & (mode::TS | mode::EM) != 0 };
+    let trapped = if waiting {
+        mode & mode::TS != 0 && mode & mode::MP != 0
+    } else {
+        mode & (mode::TS | mode::EM) != 0
+    };
     if trapped {
         return Some(control::unavailable(uop));
     }
@@ -455,7 +491,10 @@ pub fn lower(insn: &Instruction, uop: &mut Uop, mode: u32) -> Option<Handler> {
             if mode & (mode::TS | mode::EM) != 0 {
                 return Some(control::unavailable(uop));
             }
-            wide(uop, matches!(mnemonic, Mnemonic::Fxsave64 | Mnemonic::Fxrstor64));
+            wide(
+                uop,
+                matches!(mnemonic, Mnemonic::Fxsave64 | Mnemonic::Fxrstor64),
+            );
             let saves = matches!(mnemonic, Mnemonic::Fxsave | Mnemonic::Fxsave64);
             Some(if saves { fxsave } else { fxrstor })
         }
@@ -493,10 +532,18 @@ pub fn lower(insn: &Instruction, uop: &mut Uop, mode: u32) -> Option<Handler> {
                 Mnemonic::Xsave | Mnemonic::Xsave64 => 0,
                 Mnemonic::Xsaveopt | Mnemonic::Xsaveopt64 => 1,
                 Mnemonic::Xsavec | Mnemonic::Xsavec64 => 2,
-                Mnemonic::Xsaves | Mnemonic::Xsaves64 | Mnemonic::Xrstors | Mnemonic::Xrstors64 => 3,
+                Mnemonic::Xsaves | Mnemonic::Xsaves64 | Mnemonic::Xrstors | Mnemonic::Xrstors64 => {
+                    3
+                }
                 _ => return Some(xrstor),
             };
-            Some(if matches!(mnemonic, Mnemonic::Xrstors | Mnemonic::Xrstors64) { xrstor } else { xsave })
+            Some(
+                if matches!(mnemonic, Mnemonic::Xrstors | Mnemonic::Xrstors64) {
+                    xrstor
+                } else {
+                    xsave
+                },
+            )
         }
         _ => lower_x87(insn, uop, mode),
     }
