@@ -31,7 +31,7 @@ $(VENV)/.installed: $(VENV)/.tools pyproject.toml $(NATIVE)
 	@touch $@
 
 build: $(VENV)/.installed ## Make the environment, build the native core and the signed module image
-	@$(RUN) -m softtdx.seamldr.release --quiet
+	@$(RUN) -m softtdx.seamldr --quiet
 
 # --- the two commands of the README
 

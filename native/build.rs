@@ -19,8 +19,21 @@ const PROGRAMS: &[Guest] = &[
     // A flat image at the top of 4 GiB: position independent, since such addresses do not fit signed 32 bits.
     Guest {
         name: "launcher",
-        sources: &["launcher.c", "reset.S", "memory.c"],
+        sources: &["launcher.c", "startup.S", "launcher_entry.S", "memory.c"],
         script: "launcher.ld",
+        flags: &["-fpie", "-Wl,--oformat=binary"],
+    },
+    // The same for Linux: the TD firmware.
+    Guest {
+        name: "firmware",
+        sources: &["firmware.c", "startup.S", "firmware_entry.S", "sha384.c", "memory.c"],
+        script: "firmware.ld",
+        flags: &["-fpie", "-Wl,--oformat=binary"],
+    },
+    Guest {
+        name: "pyguest",
+        sources: &["startup.S", "pyguest.S"],
+        script: "pyguest.ld",
         flags: &["-fpie", "-Wl,--oformat=binary"],
     },
     Guest {

@@ -19,37 +19,60 @@ static const uint64_t K[80] = {
     0x431d67c49c100d4c, 0x4cc5d4becb3e42b6, 0x597f299cfc657e2a, 0x5fcb6fab3ad6faec, 0x6c44198c4a475817,
 };
 
-static uint64_t ror(uint64_t x, int n)
+static inline uint64_t ror(uint64_t x, int n)
 {
     return x >> n | x << (64 - n);
 }
 
-static void compress(uint64_t h[8], const uint8_t block[128])
+/* Unrolled, with the message schedule in a window of 16 words: whole kernels are measured with it. */
+#define ROUND(a, b, c, d, e, f, g, h, i)                                                                        \
+    do {                                                                                                        \
+        h += (ror(e, 14) ^ ror(e, 18) ^ ror(e, 41)) + (g ^ (e & (f ^ g))) + K[t + i] + w[i];                    \
+        d += h;                                                                                                 \
+        h += (ror(a, 28) ^ ror(a, 34) ^ ror(a, 39)) + ((a & b) | (c & (a | b)));                                \
+    } while (0)
+
+#define SCHEDULE(i)                                                                                             \
+    (w[i] += (ror(w[(i + 1) & 15], 1) ^ ror(w[(i + 1) & 15], 8) ^ w[(i + 1) & 15] >> 7) + w[(i + 9) & 15] +     \
+             (ror(w[(i + 14) & 15], 19) ^ ror(w[(i + 14) & 15], 61) ^ w[(i + 14) & 15] >> 6))
+
+#define EIGHT_ROUNDS(i)                                                                                         \
+    do {                                                                                                        \
+        ROUND(a, b, c, d, e, f, g, h, i);                                                                       \
+        ROUND(h, a, b, c, d, e, f, g, i + 1);                                                                   \
+        ROUND(g, h, a, b, c, d, e, f, i + 2);                                                                   \
+        ROUND(f, g, h, a, b, c, d, e, i + 3);                                                                   \
+        ROUND(e, f, g, h, a, b, c, d, i + 4);                                                                   \
+        ROUND(d, e, f, g, h, a, b, c, i + 5);                                                                   \
+        ROUND(c, d, e, f, g, h, a, b, i + 6);                                                                   \
+        ROUND(b, c, d, e, f, g, h, a, i + 7);                                                                   \
+    } while (0)
+
+static void compress(uint64_t state[8], const uint8_t block[128])
 {
-    uint64_t w[80], s[8];
+    uint64_t a = state[0], b = state[1], c = state[2], d = state[3];
+    uint64_t e = state[4], f = state[5], g = state[6], h = state[7], w[16];
 
-    for (int i = 0; i < 16; i++) {
-        w[i] = 0;
-        for (int j = 0; j < 8; j++)
-            w[i] = w[i] << 8 | block[8 * i + j];
+    for (int i = 0; i < 16; i++)
+        __builtin_memcpy(&w[i], block + 8 * i, 8);
+    for (int i = 0; i < 16; i++)
+        w[i] = __builtin_bswap64(w[i]);
+    for (int t = 0;; t += 16) {
+        EIGHT_ROUNDS(0);
+        EIGHT_ROUNDS(8);
+        if (t == 64)
+            break;
+        for (int i = 0; i < 16; i++)
+            SCHEDULE(i);
     }
-    for (int i = 16; i < 80; i++)
-        w[i] = w[i - 16] + (ror(w[i - 15], 1) ^ ror(w[i - 15], 8) ^ w[i - 15] >> 7) + w[i - 7] +
-               (ror(w[i - 2], 19) ^ ror(w[i - 2], 61) ^ w[i - 2] >> 6);
-    for (int i = 0; i < 8; i++)
-        s[i] = h[i];
-    for (int i = 0; i < 80; i++) {
-        uint64_t t1 = s[7] + (ror(s[4], 14) ^ ror(s[4], 18) ^ ror(s[4], 41)) + ((s[4] & s[5]) ^ (~s[4] & s[6])) + K[i] +
-                      w[i];
-        uint64_t t2 = (ror(s[0], 28) ^ ror(s[0], 34) ^ ror(s[0], 39)) + ((s[0] & s[1]) ^ (s[0] & s[2]) ^ (s[1] & s[2]));
-
-        for (int j = 7; j > 0; j--)
-            s[j] = s[j - 1];
-        s[4] += t1;
-        s[0] = t1 + t2;
-    }
-    for (int i = 0; i < 8; i++)
-        h[i] += s[i];
+    state[0] += a;
+    state[1] += b;
+    state[2] += c;
+    state[3] += d;
+    state[4] += e;
+    state[5] += f;
+    state[6] += g;
+    state[7] += h;
 }
 
 void sha384(const void *message, size_t size, uint8_t digest[48])

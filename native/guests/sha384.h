@@ -1,4 +1,4 @@
-/* SHA-384 (FIPS 180-4) of a short message, for measurements. */
+/* SHA-384 (FIPS 180-4), for measurements. */
 #ifndef SOFTTDX_SHA384_H
 #define SOFTTDX_SHA384_H
 

@@ -66,6 +66,10 @@ impl Memory {
             .map_err(unfit)
     }
 
+    fn set_seamrr(&self, py: Python<'_>, base: u64, size: u64) {
+        py.detach(|| self.0.set_seamrr(base, size, Agent::HOST));
+    }
+
     fn clear_key(&self, py: Python<'_>, keyid: u32) -> PyResult<()> {
         py.detach(|| self.0.clear_key(keyid, Agent::SEAM))
             .map_err(unfit)

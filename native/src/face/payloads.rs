@@ -8,6 +8,11 @@ const PAYLOADS: &[(&str, &[u8])] = &[
         "launcher",
         include_bytes!(concat!(env!("OUT_DIR"), "/launcher")),
     ),
+    (
+        "firmware",
+        include_bytes!(concat!(env!("OUT_DIR"), "/firmware")),
+    ),
+    ("pyguest", include_bytes!(concat!(env!("OUT_DIR"), "/pyguest"))),
     ("demo", include_bytes!(concat!(env!("OUT_DIR"), "/demo"))),
 ];
 

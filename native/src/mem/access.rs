@@ -9,6 +9,9 @@ use super::{Agent, Fault, Memory, PageAccess, Requester};
 
 const OFFSET: u64 = PAGE - 1;
 
+/// An address that no DRAM answers: where a Host access to SEAMRR goes.
+const NOWHERE: u64 = 1 << 63;
+
 impl Memory {
     /// Reads any length, crossing lines and pages. Outside DRAM everything reads as ones.
     #[inline]
@@ -339,6 +342,9 @@ impl Memory {
         let (keyid, address) = self.split(pa)?;
         if mode == Requester::Host && self.keys.is_private(keyid) {
             return Err(Fault::Bus { pa });
+        }
+        if mode == Requester::Host && self.seamrr.holds(address) {
+            return Ok((keyid, NOWHERE | address & OFFSET));
         }
         Ok((keyid, address))
     }

@@ -36,6 +36,7 @@ mod keys;
 mod lines;
 mod page;
 mod probe;
+mod seamrr;
 mod shootdown;
 #[cfg(test)]
 mod tests;
@@ -50,6 +51,7 @@ pub use shootdown::CpuSlot;
 use dram::Dram;
 use keys::{KeyTable, Tag};
 use page::MixedPages;
+use seamrr::Seamrr;
 use shootdown::Shootdown;
 
 /// On whose behalf the bus is used. It decides which KeyIDs may be named.
@@ -105,6 +107,7 @@ pub struct Memory {
     mixed: MixedPages,
     shootdown: Shootdown,
     integrity: Integrity,
+    seamrr: Seamrr,
     address_bits: u32,
     address_mask: u64,
 }
@@ -124,6 +127,7 @@ impl Memory {
             mixed: MixedPages::new(),
             shootdown: Shootdown::new(),
             integrity: config.integrity,
+            seamrr: Seamrr::default(),
             address_bits: config.address_bits(),
             address_mask: (1 << config.address_bits()) - 1,
         })
@@ -152,6 +156,15 @@ impl Memory {
             return Err(Fault::Bus { pa });
         }
         Ok(((pa >> self.address_bits) as u32, pa & self.address_mask))
+    }
+
+    /// From now on a Host access to the range is aborted: reads give ones, writes are dropped. Pointers that were
+    /// handed out before are taken back.
+    pub fn set_seamrr(&self, base: u64, size: u64, agent: Agent) {
+        self.seamrr.set(base, size);
+        let parked = shootdown::park(agent.cpu);
+        self.shootdown.take_back(agent.cpu);
+        drop(parked);
     }
 
     /// Whether DRAM answers at this address; the KeyID does not matter.

@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ObjectIdentifier, SignatureAlgorithmOID
@@ -28,14 +28,13 @@ __all__ = ["Cert", "ChainError", "Crl", "TrustedRoot", "pck_extension", "split_p
 MAX_CHAIN = 5
 MAX_REMEMBERED = 16
 SGX_OID = ObjectIdentifier(SGX_EXTENSION_OID)
-PEM_BLOCK = re.compile(rb"-----BEGIN CERTIFICATE-----([A-Za-z0-9+/=\s]*)-----END CERTIFICATE-----")
-WHITE_SPACE = b" \t\r\n\v\f"
-BETWEEN = re.compile(rb"[\s\0]*")
+PEM_BLOCK = re.compile(rb"-----BEGIN CERTIFICATE-----([A-Za-z0-9+/=\r\n \t]*)-----END CERTIFICATE-----")
+WHITE_SPACE = b" \t\r\n"
+BETWEEN = re.compile(rb"[ \t\r\n\0]*")
 ECDSA_SHA256 = SignatureAlgorithmOID.ECDSA_WITH_SHA256
 ECDSA_SHA256_DER = der.tlv(der.SEQUENCE, der.tlv(der.OID, bytes.fromhex("2a8648ce3d040302")))
 COMMON_NAME = bytes.fromhex("550403")
 VERIFY = ec.ECDSA(hashes.SHA256())
-PARSE_ERRORS = (ValueError, TypeError, UnsupportedAlgorithm, x509.DuplicateExtension, x509.UnsupportedGeneralNameType)
 
 
 class ChainError(MalformedError):
@@ -71,7 +70,9 @@ class Cert:
             self.not_after = self.x509.not_valid_after_utc
             self.extensions = list(self.x509.extensions)
             self.issuer_name, self.subject_name = _names(self.x509.tbs_certificate_bytes)
-        except PARSE_ERRORS as error:
+        except MalformedError:
+            raise
+        except Exception as error:  # what cryptography raises for a bad certificate is of a dozen kinds
             raise ChainError(f"a certificate cannot be read: {error}") from None
         if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
             raise ChainError(f"{self.name}'s key is not on P-256")
@@ -140,7 +141,9 @@ class Crl:
             self.next_update = self.x509.next_update_utc
             critical = [e.oid.dotted_string for e in self.x509.extensions if e.critical]
             self.issuer_name = _crl_issuer(self.x509.tbs_certlist_bytes)
-        except PARSE_ERRORS as error:
+        except MalformedError:
+            raise
+        except Exception as error:  # likewise
             raise ChainError(f"the {what} cannot be read: {error}") from None
         if self.next_update is None:
             raise ChainError(f"the {what} does not say when it is next updated")
@@ -164,7 +167,7 @@ class Crl:
             raise ChainError(f"the {self.what} ran out on {self.next_update:%Y-%m-%d}")
         try:
             entry = self.x509.get_revoked_certificate_by_serial_number(cert.x509.serial_number)
-        except PARSE_ERRORS as error:
+        except Exception as error:  # entries are only now looked at
             raise ChainError(f"the {self.what} cannot be read: {error}") from None
         if entry is not None:
             raise ChainError(f"{cert.name} is revoked (since {entry.revocation_date_utc:%Y-%m-%d})")
@@ -219,8 +222,8 @@ class TrustedRoot:
             raise ChainError(f"the chain has {len(found)} certificates; at most {MAX_CHAIN} are looked at")
         certs = [Cert(found[0]), *(self._authorities.get(data) or Cert(data) for data in found[1:])]
         path = certs[:-1] if len(certs) > 1 and certs[-1] is self.cert else certs
-        if path[-1].subject_name == self.cert.subject_name:
-            raise ChainError(f"the chain ends in another {path[-1].name} than the trusted one")
+        if path[-1].subject_name == path[-1].issuer_name:
+            raise ChainError(f"the chain ends in another root than the one that is trusted ({path[-1].name})")
         for index, cert in enumerate(path):
             issuer = path[index + 1] if index + 1 < len(path) else self.cert
             cert.check_role(index - 1)

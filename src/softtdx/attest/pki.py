@@ -208,6 +208,11 @@ class Pki:
         """The root certificate in DER: what a verifier is told to trust."""
         return profile.der(self.root)
 
+    @property
+    def root_fingerprint(self) -> str:
+        """SHA-256 of the root certificate, to compare by eye."""
+        return hashlib.sha256(self.root_der).hexdigest()
+
     @cached_property
     def root_pem(self) -> str:
         """The root certificate in PEM."""

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,12 @@ class Policy:
     def any_status(cls) -> Policy:
         """Accepts every TCB status that is not Revoked: for who looks at the status himself."""
         return cls(allow=frozenset(TcbStatus) - {TcbStatus.REVOKED})
+
+    def expecting(self, report_data: bytes) -> Policy:
+        """The same policy, and the report data must be, or begin with, this."""
+        if len(report_data) > REPORT_DATA_SIZE:
+            raise PolicyError(f"report data is at most {REPORT_DATA_SIZE} bytes, this is {len(report_data)}")
+        return replace(self, report_data=report_data)
 
     @classmethod
     def load(cls, path: str | Path) -> Policy:

@@ -71,12 +71,13 @@ def converge(platform: TcbStatus, component: TcbStatus) -> TcbStatus:
 class PlatformTcb:
     """The security versions of the simulated platform, which its TDREPORTs must agree with.
 
+    The defaults are those of the platform that is simulated when nothing else is asked for.
     `tee_tcb_svn`: byte 0 the TDX module's ISVSVN, byte 1 its major version, byte 2 the late microcode's SVN.
     """
 
-    cpu_svn: bytes = bytes.fromhex("06060202040100050000000000000000")
+    cpu_svn: bytes = bytes(range(1, 17))
     pce_svn: int = 11
-    tee_tcb_svn: bytes = bytes.fromhex("04010600000000000000000000000000")
+    tee_tcb_svn: bytes = bytes([5, 1]) + bytes(14)
     mr_signer_seam: bytes = bytes(48)
     seam_attributes: bytes = bytes(8)
     fmspc: bytes = bytes.fromhex("50806f000000")

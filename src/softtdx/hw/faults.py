@@ -7,6 +7,7 @@ __all__ = [
     "GeneralProtection",
     "MachineCheck",
     "ModeFault",
+    "SeamShutdown",
     "SiliconFault",
     "UndefinedOpcode",
     "VmFail",
@@ -23,3 +24,7 @@ class UndefinedOpcode(ModeFault):
 
 class GeneralProtection(ModeFault):
     """#GP(0): the instruction exists but its operand or a mode bit forbids it."""
+
+
+class SeamShutdown(Exception):  # noqa: N818  what hardware does, not an error of a caller
+    """SEAM software found that it cannot go on and executed UD2: it is gone for good."""

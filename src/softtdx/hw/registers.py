@@ -42,6 +42,10 @@ class Registers:
             self._xmm = [0] * 16
         return self._xmm
 
+    def clear_xmm(self) -> None:
+        """XMM0..XMM15 = 0."""
+        self._xmm = None
+
     def values(self) -> tuple[int, ...]:
         """All sixteen, in encoding order."""
         return (

@@ -86,6 +86,11 @@ class Vcpu:
         self._complete = complete
         return False
 
+    @property
+    def running_on(self) -> LogicalProcessor | None:
+        """The processor whose guest this vCPU is right now."""
+        return self._in_guest
+
     def kick(self) -> None:
         """A signal for the thread that runs this vCPU: KVM_RUN, now or the next, returns KVM_EXIT_INTR."""
         self._kicked = True

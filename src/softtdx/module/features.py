@@ -12,7 +12,7 @@ from softtdx.abi.structs import Attributes, ConfigFlags, FeatureParavirtCtls, Td
 from . import tdcs
 from .td import Td
 
-__all__ = ["CpuidFlag", "cpuid_values", "update_mutable_cpuid_flags"]
+__all__ = ["CpuidFlag", "cpuid_values", "update_mutable_cpuid_flags", "xcr0_valid"]
 
 # Plain integers of the flags, because exits test them often.
 ATTR_DEBUG: Final = int(Attributes.DEBUG)
@@ -44,6 +44,8 @@ XFAM_PKU: Final = int(Xfam.PKU)
 XFAM_CET: Final = int(Xfam.CET)
 XFAM_ULI: Final = int(Xfam.ULI)
 XFAM_LBR: Final = int(Xfam.LBR)
+XCR0_AVX512: Final = 0xE0
+XCR0_AMX: Final = 3 << 17
 XCR0_USER_MASK: Final = 0x6_02FF  # components of XFAM that XCR0 enables; IA32_XSS enables the others
 XSS_SUPERVISOR_MASK: Final = 0x1_FD00
 
@@ -105,6 +107,17 @@ _MUTABLE: Final = (
 _NEGATIVE: Final = frozenset(
     {CpuidFlag.NOT_MCE, CpuidFlag.NOT_MCA, CpuidFlag.NOT_MTRR, CpuidFlag.NOT_CORE_CAPABILITIES}
 )
+
+
+def xcr0_valid(allowed: int, value: int) -> bool:
+    """Whether XCR0 may be `value` where `allowed` is what the processor and XFAM have (SDM volume 1, 13.3)."""
+    if value & ~allowed or not value & 1:
+        return False
+    if value & XFAM_AVX and not value & XFAM_SSE:
+        return False
+    if value & XCR0_AVX512 and not value & XFAM_AVX:
+        return False
+    return all(value & group in (0, group) for group in (XCR0_AVX512, XCR0_AMX))
 
 
 def cpuid_values(td: Td, leaf: int, subleaf: int) -> tuple[int, int, int, int]:

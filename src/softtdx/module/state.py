@@ -166,6 +166,7 @@ class GlobalState:
         self.dynamic_pamt = False
         self.kot: dict[int, tuple[HkidState, int]] = {}  # HKID -> (state, bitmap of packages to write back); KOT_LOCK
         self.packages: list[PackageState] = [PackageState() for _ in range(MAX_PACKAGES)]
+        self.handoff: bytes | None = None  # what an older module left for TDH.SYS.UPDATE
         self.mutex = Lock()  # for short read-modify-write of Python-side counters
         self.platform: PlatformConfig  # what SYS.INIT found; there is none before
 

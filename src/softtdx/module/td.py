@@ -75,6 +75,10 @@ class Td:
         self.op_state = -1  # read by check_op_state
 
     # --- TDCS fields, by offset
+    def address(self, at: int) -> int:
+        """The bus address of a TDCS offset. LookupError beyond the pages that the TD has."""
+        return self.pages[at >> 12] + (at & PAGE)
+
     def rd8(self, at: int) -> int:
         """A byte of the TDCS."""
         return self._cpu.rd8(self.pages[at >> 12] + (at & PAGE))

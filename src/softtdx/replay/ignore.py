@@ -20,7 +20,7 @@ _TD_FIELDS: Final = frozenset(
     + [0x18 << 56 | 0x40 + i for i in range(4)]  # PRE_IMPORT_UUID
     + [0x02 << 56 | 0x01]  # SEAMDB_INDEX
 )
-_VP_FIELDS: Final = frozenset([0x20 << 56 | 0x0A])  # LAST_EXIT_TSC
+_VP_FIELDS: Final = frozenset([0x20 << 56 | 0x0A, 0x2010])  # LAST_EXIT_TSC, TSC_OFFSET of the TD VMCS
 
 
 def host_registers(step: Step) -> frozenset[str]:

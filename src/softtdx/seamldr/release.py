@@ -4,7 +4,6 @@ The key is made once for each user, at build time, and stays in the user's data 
 real P-SEAMLDR trusts the platform vendor's key, so a signed module reports MRSIGNERSEAM zero.
 """
 
-import argparse
 import contextlib
 import os
 from dataclasses import dataclass
@@ -107,16 +106,3 @@ def _make_key(path: Path) -> None:
             os.link(aside, path)
     finally:
         aside.unlink()
-
-
-def _main() -> None:
-    parser = argparse.ArgumentParser(description="Build and sign the TDX module image")
-    parser.add_argument("--quiet", action="store_true")
-    arguments = parser.parse_args()
-    release = development_release()
-    if not arguments.quiet:
-        print(f"module image: {len(release.image)} bytes, MRSEAM {release.sigstruct[900:948].hex()}")
-
-
-if __name__ == "__main__":
-    _main()

@@ -69,6 +69,7 @@ def sign(
     s.num_stack_pages, s.num_tls_pages, s.num_keyhole_pages, s.num_global_data_pages = 1, 1, 127, 15
     s.module_hv = s.min_update_hv = handoff_version
     s.num_handoff_pages = 15
+    s.no_downgrade = 1
     s.cpuid_table_size = len(cpus)
     s.cpuid_table = tuple(cpus) + (0,) * (len(s.cpuid_table) - len(cpus))
     s.signature = key.sign(_signed_message(s), padding.PKCS1v15(), SHA384())[::-1]

@@ -150,10 +150,13 @@ class Machine:
     def load(self, payload: Payload) -> None:
         """Put launcher and payload into memory and make the vCPUs. MachineError when they do not fit."""
         layout = lay_out(payload, self.config.memory, self.config.vcpus)
-        contents = [(FIRMWARE_BASE, firmware_image(layout)), *layout.present]
+        self.load_contents([(FIRMWARE_BASE, firmware_image(layout)), *layout.present])
+
+    def load_contents(self, contents: list[tuple[int, bytes]]) -> None:
+        """The same with any initial memory: (GPA, whole pages), the firmware below 4 GiB first."""
         try:
             self._add_memory(0, 0, self.config.memory)
-            self._add_memory(1, FIRMWARE_BASE, len(contents[0][1]))
+            self._add_memory(1, contents[0][0], len(contents[0][1]))
             for vcpu_id in range(self.config.vcpus):
                 self._add_vcpu(vcpu_id)
             for gpa, data in contents:

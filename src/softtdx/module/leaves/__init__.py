@@ -6,10 +6,13 @@ from . import (  # noqa: F401
     mem_rw,
     mem_sept,
     mem_size,
+    metadata,
     mng,
+    mng_init,
     mr,
     phymem,
     phymem_pamt,
     sys,
     sys_config,
+    vp,
 )

@@ -24,7 +24,7 @@ from softtdx.abi.status import Operand, Status
 from .. import tdcs, tdvps
 from ..errors import LeafError
 from ..registry import guest_leaves
-from ..transitions.guest import Guest, Resume, TdExit
+from ..transitions.guest import NO_REASON, Guest, Resume, TdExit
 
 __all__ = ["handle_tdcall"]
 
@@ -101,5 +101,5 @@ def _host_has_priority(guest: Guest, status: int) -> int:
         cpu.wr8(vp + tdvps.HP_LOCK_BUSY, 0)
         guest.regs.rax = status
         cpu.set_gprs(guest.regs.values())
-        raise TdExit(Status.HOST_PRIORITY_BUSY_TIMEOUT, 0)
+        raise TdExit(Status.HOST_PRIORITY_BUSY_TIMEOUT, NO_REASON)
     return status

@@ -31,11 +31,11 @@ from softtdx.hw.registers import Registers
 
 from .. import tdcs, tdvps, vmcs
 from ..context import Call
-from ..features import ATTR_DEBUG, ATTR_PERFMON, CONFIG_NO_RBP_MOD
+from ..features import ATTR_DEBUG, ATTR_PERFMON, CONFIG_NO_RBP_MOD, CPUID_FLAGS_SIZE
 from ..td import Td
 from .vcpu import Vcpu
 
-__all__ = ["Guest", "Resume", "TdExit"]
+__all__ = ["NO_REASON", "Guest", "Resume", "TdExit", "Vmcall"]
 
 _EXCEPTION: Final = INFO_VALID | INFO_TYPE_HARDWARE_EXCEPTION
 _VE: Final = _EXCEPTION | VE_VECTOR
@@ -44,6 +44,9 @@ _INTR_BLOCKING: Final = BLOCKING_BY_MOV_SS | BLOCKING_BY_STI
 _U64: Final = (1 << 64) - 1
 # EXIT_REASON, VALID, EXIT_QUALIFICATION, GLA, GPA, EPTP_INDEX, INSTRUCTION_LENGTH, INSTRUCTION_INFORMATION, VE_CATEGORY
 _VE_INFO: Final = struct.Struct("<IIQQQHxxIIB")
+
+
+NO_REASON: Final = -1  # TdExit.reason of an exit that no VM exit explains
 
 
 class TdExit(Exception):  # noqa: N818  a change of control, not an error
@@ -70,6 +73,10 @@ class TdExit(Exception):  # noqa: N818  a change of control, not an error
         self.interruption = interruption
 
 
+class Vmcall(Exception):  # noqa: N818  a change of control, not an error
+    """TDG.VP.VMCALL: the vCPU leaves to the host with the registers that it chose."""
+
+
 class Resume(Exception):  # noqa: N818  a change of control, not an error
     """The guest goes on at the same instruction: an event was injected, or an interrupt must be served first."""
 
@@ -77,8 +84,10 @@ class Resume(Exception):  # noqa: N818  a change of control, not an error
 class Stepping:
     """What single-step and zero-step detection remembers of this stay in the TD (see `transitions.stepping`)."""
 
-    __slots__ = ("active", "entry_rcx", "entry_retired", "entry_rip", "entry_tsc", "epf_count", "epf_gpas", "init",
-                 "nmi", "steps")  # fmt: skip
+    __slots__ = (
+        "active", "entry_rcx", "entry_retired", "entry_rip", "entry_tsc", "epf_count", "epf_gpas", "init", "interrupt",
+        "nmi", "saved_cr8", "steps",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         """Nothing suspicious yet."""
@@ -86,6 +95,8 @@ class Stepping:
         self.steps = 0
         self.nmi = False
         self.init = False
+        self.interrupt = False
+        self.saved_cr8 = 0
         self.entry_rip = 0
         self.entry_rcx = 0
         self.entry_retired = 0
@@ -103,9 +114,10 @@ class Guest:
     """
 
     __slots__ = (
-        "attributes", "bus_lock", "call", "config_flags", "cpu", "debug", "event", "g", "gpaw", "launched",
-        "pend_nmi", "perfmon", "reason", "regs", "retired", "shared_bit", "stepping", "td", "tdc", "vcpu", "version",
-        "virt_maxpa", "vp", "xfam",
+        "attributes", "bus_lock", "call", "config_flags", "cpu", "debug", "event", "filtered", "flags", "g", "gpaw",
+        "launched",
+        "pend_nmi", "perfmon", "platform", "reason", "regs", "retired", "shared_bit", "stepping", "td", "tdc", "vcpu",
+        "version", "virt_maxpa", "vp", "xfam",
     )  # fmt: skip
 
     def __init__(self, call: Call, td: Td, vcpu: Vcpu) -> None:
@@ -114,6 +126,7 @@ class Guest:
         self.call = call
         self.cpu = cpu
         self.g = call.g
+        self.platform = call.g.platform
         self.td = td
         self.vcpu = vcpu
         self.tdc = base = td.p0  # the TDCS's first page
@@ -124,8 +137,10 @@ class Guest:
         self.gpaw = cpu.rd8(base + tdcs.GPAW)
         self.shared_bit = 1 << (51 if self.gpaw else 47)
         self.virt_maxpa = cpu.rd8(base + tdcs.VIRT_MAXPA)
+        self.flags = cpu.read(base + tdcs.CPUID_FLAGS, CPUID_FLAGS_SIZE)  # as of the entry: see `flag`
         self.debug = bool(attributes & ATTR_DEBUG)
         self.perfmon = bool(attributes & ATTR_PERFMON)
+        self.filtered = self.perfmon and bool(td.rd16(tdcs.EVENT_FILTERS_NUM))
         self.launched = bool(cpu.rd8(vcpu.p0 + tdvps.VM_LAUNCHED))
         self.regs = Registers()
         self.event = 0
@@ -142,7 +157,7 @@ class Guest:
         return bool(self.config_flags & CONFIG_NO_RBP_MOD)
 
     def flag(self, which: int) -> int:
-        """A byte of TDCS.CPUID_FLAGS."""
+        """A byte of TDCS.CPUID_FLAGS, which the TD may change by TD_CTLS while it runs."""
         return self.cpu.rd8(self.tdc + tdcs.CPUID_FLAGS + which)
 
     def controls(self) -> int:

@@ -1,0 +1,32 @@
+/* TDG.MEM.PAGE.ACCEPT over a range: by 2 MiB where the host gave such pages, else by 4 KiB. */
+#ifndef SOFTTDX_ACCEPT_H
+#define SOFTTDX_ACCEPT_H
+
+#include "tdx.h"
+
+/* The first GPA that could not be accepted, or `base` + `size`. */
+static inline uint64_t accept_range(uint64_t base, uint64_t size)
+{
+    const uint64_t small = 0x1000, large = 0x200000;
+    uint64_t gpa = base, end = base + size;
+
+    while (gpa < end) {
+        uint64_t level = gpa % large == 0 && end - gpa >= large, status;
+        struct tdcall_regs regs = {.rcx = gpa | level};
+
+        status = tdcall(TDG_MEM_PAGE_ACCEPT, &regs) >> 32;
+        if (level && status == TDX_PAGE_SIZE_MISMATCH) {
+            /* The host gave this block piecemeal. */
+            if (accept_range(gpa, large - small) != gpa + large - small)
+                return gpa;
+            gpa += large - small;
+            continue;
+        }
+        if (status && status != TDX_PAGE_ALREADY_ACCEPTED)
+            return gpa;
+        gpa += level ? large : small;
+    }
+    return end;
+}
+
+#endif

@@ -1,0 +1,102 @@
+"""`softtdx bench`: what this machine makes of SoftTDX."""
+
+import json
+import os
+import platform as host_platform
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from statistics import median
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from softtdx.vmm.boot import boot_host
+
+__all__ = ["COMMANDS"]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measured figure: the median of `runs`, with the extremes."""
+
+    suite: str
+    name: str
+    value: float
+    unit: str
+    low: float
+    high: float
+    runs: int
+
+
+def _figures(
+    suite: str, runs: int, unit: str, measure: Callable[[], dict[str, float]], names: dict[str, str]
+) -> Iterator[Figure]:
+    """Run `measure` and make a figure of each key in `names` (key -> what it is)."""
+    results = [measure() for _ in range(runs)]
+    for key, name in names.items():
+        values = [result[key] for result in results]
+        yield Figure(suite, name, median(values), unit, min(values), max(values), runs)
+
+
+def _cpu(runs: int) -> Iterator[Figure]:
+    from softtdx.vmm.bench import LOOPS, bench_loop
+
+    host = boot_host()
+    for kind, vm in (("TD", False), ("VM", True)):
+        for loop in LOOPS:
+            measure = partial(bench_loop, host, loop, vm=vm)
+            yield from _figures("cpu", runs, "MIPS", measure, {"mips": f"{loop.name} loop, {kind}"})
+
+
+def _seamcall(runs: int) -> Iterator[Figure]:
+    from softtdx.kvm.bench import bench_page_aug, bench_seamcall
+
+    host = boot_host()
+    yield from _figures("seamcall", runs, "us", partial(bench_seamcall, host), {"us_per_call": "empty leaf"})
+    yield from _figures("seamcall", runs, "us", partial(bench_page_aug, host), {"us_per_page": "MEM.PAGE.AUG 4K"})
+
+
+def _build(runs: int) -> Iterator[Figure]:
+    from softtdx.kvm.bench import bench_td_build
+
+    names = {
+        "build_s_per_mib": "measured memory, per MiB",
+        "build_s": "a TD of 2 MiB, whole build",
+        "teardown_s": "its teardown",
+    }
+    yield from _figures("build", runs, "s", partial(bench_td_build, boot_host()), names)
+
+
+_SUITES: dict[str, Callable[[int], Iterator[Figure]]] = {"cpu": _cpu, "seamcall": _seamcall, "build": _build}
+
+
+@click.command()
+@click.argument("suites", nargs=-1, metavar="[SUITE]...")
+@click.option("--runs", type=click.IntRange(1, 100), default=3, show_default=True, help="Runs of each; medians count.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def bench(suites: tuple[str, ...], runs: int, as_json: bool) -> None:
+    """Measure this machine.
+
+    Suites: cpu (interpreter speed), seamcall (cost of leaves), build (TD build and teardown). Default: all.
+    """
+    for suite in suites:
+        if suite not in _SUITES:
+            raise click.UsageError(f"no suite is named {suite!r}; there are: {', '.join(_SUITES)}")
+    figures: list[Figure] = []
+    console = Console(stderr=True)
+    for suite in suites or _SUITES:
+        with console.status(f"measuring {suite} ..."):
+            figures.extend(_SUITES[suite](runs))
+    if as_json:
+        machine = {"machine": host_platform.machine(), "python": host_platform.python_version(), "cpus": os.cpu_count()}
+        click.echo(json.dumps({**machine, "figures": [asdict(figure) for figure in figures]}))
+        return
+    table = Table("suite", "what", "median", "min", "max", "unit", title=f"medians of {runs}")
+    for f in figures:
+        table.add_row(f.suite, f.name, f"{f.value:.3g}", f"{f.low:.3g}", f"{f.high:.3g}", f.unit)
+    Console().print(table)
+
+
+COMMANDS = [bench]

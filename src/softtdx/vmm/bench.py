@@ -1,0 +1,70 @@
+"""Measurements of the interpreter: small loops of machine code, run by the machine as any payload is."""
+
+from dataclasses import dataclass
+
+from softtdx.kvm import Host
+from softtdx.vmm.errors import MachineError
+from softtdx.vmm.machine import Machine, MachineConfig
+from softtdx.vmm.payload import parse_payload
+
+__all__ = ["LOOPS", "Loop", "bench_loop"]
+
+# mov dx, 0x501; xor eax, eax; out dx, al: the exit port with status 0; then hlt for good measure.
+_END = bytes.fromhex("66ba0105 31c0 ee f4")
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A loop: set-up code, body, and what stands behind the end. RCX counts down; the body ends in jnz."""
+
+    name: str
+    what: str
+    setup: bytes
+    body: bytes
+    behind: bytes = b""
+
+    def program(self, count: int) -> bytes:
+        """A flat binary that runs the body `count` times and ends."""
+        start = self.setup + b"\x48\xc7\xc1" + count.to_bytes(4, "little")  # mov rcx, count
+        back = (-(len(self.body) + 2)) & 0xFF
+        return start + self.body + bytes([0x75, back]) + _END + self.behind
+
+
+LOOPS = (
+    Loop(
+        "integer",
+        "add, xor, lea, shr, and, dec, jnz",
+        b"",
+        # add rax,rcx; xor rdx,rax; lea rbx,[rax+rcx+7]; shr rax,3; and rdx,rbx; dec rcx
+        bytes.fromhex("4801c8 4831c2 488d5c0807 48c1e803 4821da 48ffc9"),
+    ),
+    Loop(
+        "load_store",
+        "load, add, store, inc, and, dec, jnz over 1 KiB",
+        bytes.fromhex("4881ec00100000 31d2"),  # sub rsp,4096; xor edx,edx
+        # mov rax,[rsp+rdx*8]; add rax,rcx; mov [rsp+rdx*8+8],rax; inc edx; and edx,127; dec rcx
+        bytes.fromhex("488b04d4 4801c8 488944d408 ffc2 83e27f 48ffc9"),
+    ),
+    Loop(
+        "call_return",
+        "call, add, ret, dec, jnz",
+        b"",
+        # call behind; dec rcx
+        b"\xe8" + (3 + 2 + len(_END)).to_bytes(4, "little") + bytes.fromhex("48ffc9"),
+        bytes.fromhex("4883c001 c3"),  # add rax,1; ret
+    ),
+)
+
+
+def bench_loop(host: Host, loop: Loop, *, vm: bool, count: int = 20_000_000) -> dict[str, float]:
+    """Run a loop as a TD (or ordinary VM) on `host`: instructions, seconds, MIPS. MachineError if it fails."""
+    with Machine(host, MachineConfig(memory=16 << 20, vm=vm)) as machine:
+        machine.load(parse_payload(loop.program(count)))
+        result = machine.run()
+    if not result.ok:
+        raise MachineError(f"the {loop.name} loop did not end as it should: {result.message}")
+    return {
+        "instructions": result.instructions,
+        "seconds": result.wall_s,
+        "mips": result.instructions / result.wall_s / 1e6,
+    }
