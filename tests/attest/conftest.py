@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from attest_platform import ReportingPlatform
+from other_verifiers import LineVerifier, start_go, start_javascript
 
 from softtdx.attest import Pki, QuotingEnclave
 
@@ -44,3 +45,23 @@ def fixture_file() -> Callable[[str], bytes]:
         return path.read_bytes()
 
     return read
+
+
+@pytest.fixture(scope="session")
+def javascript_verifier(request: pytest.FixtureRequest) -> Iterator[LineVerifier]:
+    verifier = start_javascript(_cache(request))
+    yield verifier
+    verifier.close()
+
+
+@pytest.fixture(scope="session")
+def go_verifier(request: pytest.FixtureRequest) -> Iterator[LineVerifier]:
+    verifier = start_go(_cache(request))
+    yield verifier
+    verifier.close()
+
+
+def _cache(request: pytest.FixtureRequest) -> Callable[[str], Path]:
+    cache = request.config.cache
+    assert cache is not None
+    return cache.mkdir

@@ -166,3 +166,15 @@ def test_a_register_value_must_fit():
         Registers(rax=1 << 64)
     with pytest.raises(ValueError, match="named"):
         Registers(eip=1)
+
+
+@pytest.mark.parametrize(
+    ("xcr0", "xss", "standard", "compacted"),
+    [(1, 0, 576, 576), (3, 0, 576, 576), (7, 0, 0x340, 0x340), (0xE7, 0, 0xA80, 576 + 0x100 + 0x40 + 0x200 + 0x400),
+     (0x6_0003, 0, 0x2B00, 576 + 0x40 + 0x2000)],
+)  # fmt: skip
+def test_cpuid_0d_tells_the_size_of_the_area_for_what_is_enabled_now(platform, xcr0, xss, standard, compacted):
+    lp = platform.lps[0]
+    lp.core.xcr0 = xcr0
+    lp.core.wrmsr(0xDA0, xss)
+    assert (lp.cpuid(0xD, 0)[1], lp.cpuid(0xD, 1)[1]) == (standard, compacted)

@@ -87,6 +87,7 @@ struct Region {
     cells: Lazy<AtomicU64>,
     words: Lazy<AtomicU64>,
     code: Lazy<AtomicU32>,
+    out_at: Lazy<AtomicU64>,
     touched: Lazy<AtomicU8>,
 }
 
@@ -106,6 +107,8 @@ pub(super) struct Page<'m> {
     pub word: &'m AtomicU64,
     /// The code generation.
     pub code: &'m AtomicU32,
+    /// The epoch when a pointer was last handed out.
+    pub out_at: &'m AtomicU64,
     touched: &'m AtomicU8,
 }
 
@@ -144,6 +147,7 @@ impl Region {
             cells: Lazy::new((size / 8) as usize).map_err(refuse)?,
             words: Lazy::new(pages).map_err(refuse)?,
             code: Lazy::new(pages).map_err(refuse)?,
+            out_at: Lazy::new(pages).map_err(refuse)?,
             touched: Lazy::new(size.div_ceil(CHUNK) as usize).map_err(refuse)?,
         })
     }
@@ -160,6 +164,7 @@ impl Region {
             data: self.cells[index * (PAGE as usize / 8)].as_ptr().cast(),
             word: &self.words[index],
             code: &self.code[index],
+            out_at: &self.out_at[index],
             touched: &self.touched[(offset / CHUNK) as usize],
         })
     }

@@ -196,7 +196,8 @@ impl<'m> Locked<'m> {
     /// No processor uses a pointer to this page after this, until the lock is gone.
     pub fn take_back(&mut self) {
         if self.is_out() {
-            self.mem.shootdown.take_back(self.agent.cpu);
+            let since = self.page.out_at.load(Ordering::Relaxed);
+            self.mem.shootdown.take_back_since(since, self.agent.cpu);
             self.word &= !(OUT_R | OUT_W);
         }
     }
@@ -212,6 +213,10 @@ impl<'m> Locked<'m> {
             return None;
         }
         self.word |= if write { OUT_R | OUT_W } else { OUT_R };
+        // The receiver runs, so an epoch that it does not see yet waits for it.
+        self.page
+            .out_at
+            .store(self.mem.shootdown.epoch(), Ordering::Relaxed);
         if write {
             self.note_store();
         }

@@ -12,6 +12,9 @@
 //! With a full fence on both sides, one of the two sees the other (Dekker): a pointer is either waited for or
 //! dropped before use. `acked` is stored with release order, so the accesses before it have happened.
 //!
+//! A completed shootdown takes back *every* pointer handed out before its epoch. A page remembers the epoch of its
+//! last pointer, so a host that reclaims many pages of a dead TD interrupts the living ones once, not each time.
+//!
 //! **No deadlock.** A processor that has to wait inside `Memory` (for a page lock, or in a shootdown of its own)
 //! *parks*: it counts as not running meanwhile, so nobody waits for one who waits. The price: pointers may have
 //! been taken back without its answer, so it must `poll` after each call. A processor leaves before it blocks
@@ -83,6 +86,8 @@ pub(super) fn park(cpu: Option<&CpuSlot>) -> Option<Parked<'_>> {
 /// The epoch and everybody who must follow it.
 pub(super) struct Shootdown {
     epoch: Arc<AtomicU64>,
+    /// No pointer handed out before this epoch is in use.
+    done: AtomicU64,
     slots: RwLock<Vec<Weak<CpuSlot>>>,
 }
 
@@ -90,6 +95,7 @@ impl Shootdown {
     pub fn new() -> Shootdown {
         Shootdown {
             epoch: Arc::new(AtomicU64::new(1)),
+            done: AtomicU64::new(1),
             slots: RwLock::new(Vec::new()),
         }
     }
@@ -106,6 +112,17 @@ impl Shootdown {
         slot
     }
 
+    pub fn epoch(&self) -> u64 {
+        self.epoch.load(Ordering::Acquire)
+    }
+
+    /// Returns when nobody uses a pointer that was handed out up to the epoch `since`.
+    pub fn take_back_since(&self, since: u64, me: Option<&CpuSlot>) {
+        if since >= self.done.load(Ordering::Acquire) {
+            self.take_back(me);
+        }
+    }
+
     /// Returns when no running processor but `me` uses a pointer that it got before this call.
     pub fn take_back(&self, me: Option<&CpuSlot>) {
         let _parked = park(me);
@@ -119,6 +136,7 @@ impl Shootdown {
                 wait.pause();
             }
         }
+        self.done.fetch_max(epoch, Ordering::AcqRel);
     }
 }
 

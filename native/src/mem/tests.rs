@@ -298,6 +298,85 @@ fn pointers_are_for_processors_that_run() {
 }
 
 #[test]
+fn whatever_changes_a_page_takes_its_pointers_back() {
+    for integrity in [Integrity::Crypto, Integrity::None] {
+        let memory = memory(integrity);
+        let slot = memory.register_cpu();
+        slot.enter();
+        let agent = Agent {
+            mode: Requester::Seam,
+            cpu: Some(&slot),
+        };
+        let line = memory.raw_line(BASE);
+        let changes: [&dyn Fn(); 9] = [
+            &|| memory.zero_pages(BASE, 1, agent).unwrap(),
+            &|| memory.copy_page(BASE, BASE + PAGE, agent).unwrap(),
+            &|| memory.write_line(BASE, &SECRET, agent).unwrap(),
+            &|| memory.wr8(BASE + 9, 1, agent).unwrap(),
+            &|| assert!(memory.cas(td(BASE), 16, 0, 0, agent).is_ok()),
+            &|| memory.raw_write(BASE + 9, &[1], agent),
+            &|| memory.raw_set_line(BASE, &line.data, 0, true, agent),
+            &|| assert!(memory.mark_code(td(BASE), agent).is_ok()),
+            &|| memory.set_key(PRIVATE, None, agent).unwrap(),
+        ];
+        for (n, change) in changes.iter().enumerate() {
+            memory.zero_pages(td(BASE), 1, agent).unwrap();
+            slot.poll();
+            let pointer = memory.page_ptr(td(BASE), true, agent).unwrap();
+            assert!(matches!(pointer, PageAccess::Direct(_)));
+            assert!(!slot.poll());
+            change();
+            assert!(slot.poll(), "change {n}");
+        }
+    }
+}
+
+#[test]
+fn pages_nobody_took_since_a_shootdown_need_no_other() {
+    let memory = memory(Integrity::Crypto);
+    let slot = memory.register_cpu();
+    slot.enter();
+    let agent = Agent {
+        mode: Requester::Seam,
+        cpu: Some(&slot),
+    };
+    memory.zero_pages(td(BASE), 8, agent).unwrap();
+    for page in 0..8 {
+        let got = memory.page_ptr(td(BASE + page * PAGE), true, agent);
+        assert!(matches!(got, Ok(PageAccess::Direct(_))));
+    }
+    memory.zero_pages(BASE, 1, agent).unwrap();
+    assert!(slot.poll());
+    let kept = memory.page_ptr(td(BASE + 7 * PAGE), true, agent);
+    assert!(matches!(kept, Ok(PageAccess::Direct(_))));
+    memory.zero_pages(BASE + PAGE, 6, agent).unwrap();
+    assert!(!slot.poll());
+    memory.zero_pages(BASE + 7 * PAGE, 1, agent).unwrap();
+    assert!(slot.poll());
+}
+
+#[test]
+fn zeroing_a_page_also_zeroes_what_went_through_a_pointer() {
+    let memory = memory(Integrity::Crypto);
+    let slot = memory.register_cpu();
+    slot.enter();
+    let agent = Agent {
+        mode: Requester::Host,
+        cpu: Some(&slot),
+    };
+    let Ok(PageAccess::Direct(page)) = memory.page_ptr(BASE, true, agent) else {
+        panic!("a fresh page is KeyID 0's");
+    };
+    for _ in 0..2 {
+        // SAFETY: nothing takes the pointer back: key and code mark stay as they are.
+        unsafe { bytes::copy_in(page, &SECRET) };
+        memory.zero_pages(BASE, 1, agent).unwrap();
+        assert!(!slot.poll());
+        assert_eq!(read_line(&memory, BASE, agent), Ok([0; 64]));
+    }
+}
+
+#[test]
 fn a_store_to_a_code_page_is_noticed_once_and_every_way_of_storing_counts() {
     let memory = memory(Integrity::Crypto);
     memory.zero_pages(td(BASE), 1, Agent::SEAM).unwrap();

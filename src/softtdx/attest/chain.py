@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ObjectIdentifier, SignatureAlgorithmOID
@@ -28,14 +28,13 @@ __all__ = ["Cert", "ChainError", "Crl", "TrustedRoot", "pck_extension", "split_p
 MAX_CHAIN = 5
 MAX_REMEMBERED = 16
 SGX_OID = ObjectIdentifier(SGX_EXTENSION_OID)
-PEM_BLOCK = re.compile(rb"-----BEGIN CERTIFICATE-----([A-Za-z0-9+/=\s]*)-----END CERTIFICATE-----")
-WHITE_SPACE = b" \t\r\n\v\f"
-BETWEEN = re.compile(rb"[\s\0]*")
+PEM_BLOCK = re.compile(rb"-----BEGIN CERTIFICATE-----([A-Za-z0-9+/=\r\n \t]*)-----END CERTIFICATE-----")
+WHITE_SPACE = b" \t\r\n"
+BETWEEN = re.compile(rb"[ \t\r\n\0]*")
 ECDSA_SHA256 = SignatureAlgorithmOID.ECDSA_WITH_SHA256
 ECDSA_SHA256_DER = der.tlv(der.SEQUENCE, der.tlv(der.OID, bytes.fromhex("2a8648ce3d040302")))
 COMMON_NAME = bytes.fromhex("550403")
 VERIFY = ec.ECDSA(hashes.SHA256())
-PARSE_ERRORS = (ValueError, TypeError, UnsupportedAlgorithm, x509.DuplicateExtension, x509.UnsupportedGeneralNameType)
 
 
 class ChainError(MalformedError):
@@ -71,7 +70,9 @@ class Cert:
             self.not_after = self.x509.not_valid_after_utc
             self.extensions = list(self.x509.extensions)
             self.issuer_name, self.subject_name = _names(self.x509.tbs_certificate_bytes)
-        except PARSE_ERRORS as error:
+        except MalformedError:
+            raise
+        except Exception as error:  # what cryptography raises for a bad certificate is of a dozen kinds
             raise ChainError(f"a certificate cannot be read: {error}") from None
         if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
             raise ChainError(f"{self.name}'s key is not on P-256")
@@ -140,7 +141,9 @@ class Crl:
             self.next_update = self.x509.next_update_utc
             critical = [e.oid.dotted_string for e in self.x509.extensions if e.critical]
             self.issuer_name = _crl_issuer(self.x509.tbs_certlist_bytes)
-        except PARSE_ERRORS as error:
+        except MalformedError:
+            raise
+        except Exception as error:  # likewise
             raise ChainError(f"the {what} cannot be read: {error}") from None
         if self.next_update is None:
             raise ChainError(f"the {what} does not say when it is next updated")
@@ -164,7 +167,7 @@ class Crl:
             raise ChainError(f"the {self.what} ran out on {self.next_update:%Y-%m-%d}")
         try:
             entry = self.x509.get_revoked_certificate_by_serial_number(cert.x509.serial_number)
-        except PARSE_ERRORS as error:
+        except Exception as error:  # entries are only now looked at
             raise ChainError(f"the {self.what} cannot be read: {error}") from None
         if entry is not None:
             raise ChainError(f"{cert.name} is revoked (since {entry.revocation_date_utc:%Y-%m-%d})")

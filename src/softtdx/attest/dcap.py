@@ -44,6 +44,7 @@ def verify_with_dcap_qvl(quote: bytes, trust: Pki | tuple[Collateral, bytes], no
             bytes(quote), qvl_collateral, root, int(time.time()) if now is None else now
         )
     except (ValueError, RuntimeError, OverflowError) as error:
-        raise DcapRejectedError(f"dcap-qvl rejects the quote: {error}") from None
+        reason = " ".join(str(error).split())
+        raise DcapRejectedError(f"dcap-qvl rejects the quote: {reason}") from None
     body = json.loads(verdict.to_json())
     return DcapVerdict(verdict.status, tuple(verdict.advisory_ids), body)

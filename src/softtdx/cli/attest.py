@@ -119,7 +119,8 @@ def _lines(value: Any, indent: int = 0) -> Iterable[str]:
     pad = " " * indent
     items = value.items() if isinstance(value, Mapping) else enumerate(value)
     for key, item in items:
-        if isinstance(item, Mapping | list) and item:
+        nested = isinstance(item, Mapping) or (isinstance(item, list) and any(isinstance(i, Mapping) for i in item))
+        if nested and item:
             yield f"{pad}{key}:"
             yield from _lines(item, indent + 2)
         else:
@@ -362,7 +363,10 @@ def _explain(verdict: Verdict, other: str | None) -> None:
     if other is not None:
         click.echo(f"dcap-qvl     {other}")
     advisories = f" ({', '.join(verdict.advisory_ids)})" if verdict.advisory_ids else ""
-    click.echo(f"{'accepted' if verdict.accepted else 'rejected'}: {verdict.status or verdict.reason}{advisories}")
+    if verdict.accepted:
+        click.echo(f"accepted: {verdict.status or 'the signatures hold'}{advisories}")
+    else:
+        click.echo(f"rejected: {verdict.reason}{advisories}")
 
 
 @click.command()

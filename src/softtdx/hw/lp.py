@@ -23,6 +23,9 @@ _ESCAPE = 0x10000  # Core.vmenter: the guest executed the escape instruction of 
 _P_SEAMLDR = 1 << 63
 _LEAF_MASK = 0xFFFF
 _VMCS_REVISION = 0x7FFF_FFFF  # of IA32_VMX_BASIC
+_CPUID_XSTATE = 0xD
+_XSAVE_LEGACY_SIZE = 576  # the legacy region and the header
+_XSAVE_ALIGNED = 1 << 1  # CPUID(0DH, n).ECX: at a 64-byte boundary in the compacted format
 
 _LOCKED_BY_FIRMWARE = (Msr.MKTME_KEYID_PARTITIONING, Msr.TME_ACTIVATE, Msr.SEAMRR_PHYS_BASE, Msr.SEAMRR_PHYS_MASK)
 
@@ -173,7 +176,26 @@ class LogicalProcessor:
         """CPUID as executed in root mode; unknown leaves give zeroes."""
         table = self.platform.description.cpuid
         values = table.get((leaf, None)) or table.get((leaf, subleaf))
-        return values if values is not None else (0, 0, 0, 0)
+        if values is None:
+            return (0, 0, 0, 0)
+        if leaf == _CPUID_XSTATE and subleaf < 2 and self.guest_engine is None:
+            return (values[0], self._xsave_area_size(compacted=bool(subleaf)), *values[2:])
+        return values
+
+    def _xsave_area_size(self, *, compacted: bool) -> int:
+        """Bytes of the XSAVE area for what XCR0 enables; in the compacted format for IA32_XSS too (SDM 13.4.3)."""
+        enabled = self.core.xcr0 | ((self.core.rdmsr(Msr.XSS) or 0) if compacted else 0)
+        size = _XSAVE_LEGACY_SIZE
+        table = self.platform.description.cpuid
+        for component in range(2, 63):
+            if not enabled >> component & 1:
+                continue
+            length, offset, flags, _ = table.get((_CPUID_XSTATE, component), (0, 0, 0, 0))
+            if not compacted:
+                size = max(size, offset + length)
+            else:
+                size = (size + 63 & ~63 if flags & _XSAVE_ALIGNED else size) + length
+        return size
 
     def rdmsr(self, msr: int) -> int:
         """RDMSR in root mode. Raises GeneralProtection when there is no such MSR."""

@@ -22,12 +22,12 @@ class Call:
 
     `cpu`: the instructions; `regs`: the host's registers, operands in and results out; `g`: the module's global
     data. `version` is the leaf's version (RAX bits 23:16). `held` lists the locks that the dispatcher releases when
-    the leaf is over, whichever way it ends.
+    the leaf is over, whichever way it ends. `busy`: the processor is in SEAM mode, in the module or in a TD.
 
     Per-LP data: `lp_initialized` (TDH.SYS.LP.INIT was done); `vp`: what VP.ENTER keeps (last TDVPR and so on).
     """
 
-    __slots__ = ("cpu", "g", "held", "locks", "lp_initialized", "module", "regs", "version", "vp")
+    __slots__ = ("busy", "cpu", "g", "held", "locks", "lp_initialized", "module", "regs", "version", "vp")
 
     def __init__(self, module: Any, g: "GlobalState", cpu: SeamCpu) -> None:
         """An idle, uninitialised logical processor."""
@@ -37,6 +37,7 @@ class Call:
         self.cpu = cpu
         self.regs = Registers()
         self.version = 0
+        self.busy = False
         self.held: list[tuple[int, bool]] = []
         self.lp_initialized = False
         self.vp: Any = None

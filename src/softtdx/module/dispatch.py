@@ -51,6 +51,7 @@ class TdxModule:
         if call is None:
             call = self._calls.setdefault(cpu.index, Call(self, self.g, cpu))
         call.regs = regs
+        call.busy = True  # before the state is looked at: TDH.SYS.SHUTDOWN sets the state, then looks who is busy
         rax = regs.rax
         handler = self._table.get(rax)
         try:
@@ -64,6 +65,7 @@ class TdxModule:
         finally:
             if call.held:
                 call.release_all()
+            call.busy = False
 
     def call_of(self, lp_index: int) -> Call | None:
         """The per-LP data of a logical processor that has called at least once."""

@@ -33,6 +33,8 @@ def start(td: Td) -> None:
     """TDH.MNG.INIT: nothing is measured yet."""
     td.write(tdcs.MRTD_STATE, sha384_init())
     td.wr64(tdcs.MRTD_LENGTH, 0)
+    td.wr64(tdcs.MRTD_UNDER_WAY, 1)
+    _count(td, 1)
 
 
 def extend(td: Td, blocks: bytes) -> None:
@@ -45,11 +47,21 @@ def extend(td: Td, blocks: bytes) -> None:
 
 def abandon(td: Td) -> None:
     """TDH.MNG.VPFLUSHDONE: no measurement is under way in this TD any more."""
-    td.wr64(tdcs.MRTD_LENGTH, 0)
+    if td.rd64(tdcs.MRTD_UNDER_WAY):
+        td.wr64(tdcs.MRTD_UNDER_WAY, 0)
+        _count(td, -1)
 
 
 def finish(td: Td) -> bytes:
     """TDH.MR.FINALIZE: the digest becomes MRTD."""
     digest = sha384_final(td.read(tdcs.MRTD_STATE, 64), td.rd64(tdcs.MRTD_LENGTH))
     td.write(tdcs.MRTD, digest)
+    abandon(td)
     return digest
+
+
+def _count(td: Td, change: int) -> None:
+    """TD builds in progress: an update of the module may have to wait for them (TDH.SYS.SHUTDOWN)."""
+    g = td.call.g
+    with g.mutex:
+        g.td_build_count += change

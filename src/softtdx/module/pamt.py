@@ -25,7 +25,7 @@ from .atomics import add16
 from .context import Call
 from .errors import LeafError
 from .locks import EXCLUSIVE, HELD, READER
-from .state import PamtBlock
+from .state import GlobalState, PamtBlock, Tdmr
 
 __all__ = [
     "ENTRY_SIZE",
@@ -45,6 +45,7 @@ __all__ = [
     "node_page",
     "owner_of",
     "page_type_of",
+    "publish_block",
     "walk",
 ]
 
@@ -103,6 +104,20 @@ def owner_of(entry: int) -> int:
 def make_entry(page_type: int, owner: int) -> int:
     """An entry's first quadword."""
     return page_type << TYPE_SHIFT | owner >> 12 << OWNER_SHIFT
+
+
+def publish_block(g: GlobalState, tdmr: Tdmr, base: int) -> None:
+    """From now on pages of the 1 GiB block at `base` of `tdmr` may be used."""
+    offset, key = base - tdmr.base, g.global_key_bits
+    g.blocks[base >> 30] = PamtBlock(
+        tdmr,
+        base,
+        tdmr.pamt_1g + (offset >> 30) * ENTRY_SIZE | key,
+        tdmr.pamt_2m + (offset >> 21) * ENTRY_SIZE | key,
+        (tdmr.pamt_4k if g.dynamic_pamt else tdmr.pamt_4k + (offset >> 12) * ENTRY_SIZE) | key,
+        key=key,
+        dynamic=g.dynamic_pamt,
+    )
 
 
 class PamtPage:

@@ -17,6 +17,7 @@ __all__ = [
     "MAX_HKIDS",
     "MAX_PACKAGES",
     "GlobalState",
+    "HandoffHeader",
     "HkidState",
     "PackageState",
     "PamtBlock",
@@ -139,6 +140,15 @@ class PackageState:
     hkids_flushed: set[int] = field(default_factory=set)
 
 
+@dataclass(frozen=True)
+class HandoffHeader:
+    """What an older module left in SEAMRR: whether there is anything, in which version, and how many bytes."""
+
+    valid: bool = False
+    version: int = 0
+    size: int = 0
+
+
 class GlobalState:
     """The module's global data. Written under `GLOBAL_LOCK` or the lock named at the attribute."""
 
@@ -166,7 +176,10 @@ class GlobalState:
         self.dynamic_pamt = False
         self.kot: dict[int, tuple[HkidState, int]] = {}  # HKID -> (state, bitmap of packages to write back); KOT_LOCK
         self.packages: list[PackageState] = [PackageState() for _ in range(MAX_PACKAGES)]
-        self.handoff: bytes | None = None  # what an older module left for TDH.SYS.UPDATE
+        self.handoff = HandoffHeader()  # what an older module left for TDH.SYS.UPDATE
+        self.td_build_count = 0  # TDs whose measurement is under way; mutex
+        self.mig_interrupted_count = 0  # interrupted migration calls; mutex
+        self.update_compatibility = False  # TDH.SYS.UPDATE: refuse state of another module's making
         self.mutex = Lock()  # for short read-modify-write of Python-side counters
         self.platform: PlatformConfig  # what SYS.INIT found; there is none before
 

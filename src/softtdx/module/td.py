@@ -69,8 +69,9 @@ class Td:
         (self.fatal, self.num_tdcx, _, self.lifecycle, *pages, self.hkid, self.packages_keyed) = _HEAD.unpack(
             cpu.read(base, tdr.HEAD_SIZE)
         )
-        self.key_bits = key = self.hkid << g.hkid_shift
-        self.pages = [p | key for p in pages[: self.num_tdcx]]
+        key: int = self.hkid << g.hkid_shift
+        self.key_bits = key
+        self.pages: list[int] = [p | key for p in pages[: self.num_tdcx]]
         self.p0 = self.pages[0] if self.pages else 0
         self.op_state = -1  # read by check_op_state
 

@@ -94,6 +94,7 @@ LAST_TEEINFO_HASH: Final = 0x3C0  # 48 bytes
 LAST_TEEINFO_HASH_VALID: Final = 0x3F2  # u8
 MRTD_STATE: Final = 0x420  # 64-byte SHA-384 chaining value of MRTD under construction
 MRTD_LENGTH: Final = 0x460  # u64, bytes hashed so far
+MRTD_UNDER_WAY: Final = 0x468  # u64, 1 from TDH.MNG.INIT to TDH.MR.FINALIZE
 CPUID_LAST_BASE_LEAF: Final = 0xF00  # u32
 CPUID_LAST_EXT_LEAF: Final = 0xF04  # u32
 CPUID4_NATIVE_VALID: Final = 0xF50  # u8[4]

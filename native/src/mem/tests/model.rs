@@ -6,6 +6,7 @@ use proptest::prelude::*;
 use super::super::engine::{KeyPair, LineKey};
 use super::super::*;
 use super::{memory, with_key, BASE, KEYID_BITS, PRIVATE};
+use std::sync::atomic::{AtomicU8, Ordering::Relaxed};
 
 /// Two pages, so that accesses cross from one to the next.
 const LINES: usize = 128;
@@ -170,6 +171,9 @@ enum Step {
         from: usize,
         to: usize,
     },
+    Mark {
+        page: usize,
+    },
     Rekey {
         who: usize,
         generation: u8,
@@ -197,6 +201,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
                 .prop_map(|(who, at, store)| Step::Pointer { who, at, store }),
             1 => (at, 0..8u8).prop_map(|(at, bit)| Step::Flip { at, bit }),
             2 => (line.clone(), line).prop_map(|(from, to)| Step::Move { from, to }),
+            1 => (0..2usize).prop_map(|page| Step::Mark { page }),
             1 => (1..4usize, 0..3u8).prop_map(|(who, generation)| Step::Rekey { who, generation }),
         ],
         1..60,
@@ -217,6 +222,10 @@ struct Both {
     lazy: Memory,
     eager: Eager,
     slot: Arc<CpuSlot>,
+    /// The TLB: page and writability of each pointer that was not taken back yet.
+    held: Vec<(usize, usize, bool, *mut u8)>,
+    /// By page: the code generation when it was marked, and its lines then.
+    marked: [Option<(u32, Vec<RawLine>)>; 2],
 }
 
 impl Both {
@@ -232,6 +241,8 @@ impl Both {
             eager: Eager::new(&lazy),
             lazy,
             slot,
+            held: Vec::new(),
+            marked: [None, None],
         }
     }
 
@@ -285,19 +296,28 @@ impl Both {
                 }
             }
             Step::Pointer { who, at, store } => {
-                let got = lazy.page_ptr(pa(who, at), store.is_some(), agent).unwrap();
-                let PageAccess::Direct(page) = got else {
-                    return;
+                let same = |entry: &&(usize, usize, bool, *mut u8)| {
+                    (entry.0, entry.1) == (who, at / 4096) && entry.2 >= store.is_some()
                 };
-                // SAFETY: a page pointer just handed out, used by the only thread there is.
-                let cell = unsafe { std::sync::atomic::AtomicU8::from_ptr(page.add(at % 4096)) };
+                let page = match self.held.iter().find(same) {
+                    Some(entry) => entry.3,
+                    None => {
+                        let got = lazy.page_ptr(pa(who, at), store.is_some(), agent).unwrap();
+                        let PageAccess::Direct(page) = got else {
+                            return;
+                        };
+                        page
+                    }
+                };
+                self.held.push((who, at / 4096, store.is_some(), page));
+                // SAFETY: a page pointer that `poll` did not take back, used by the only thread there is.
+                let cell = unsafe { AtomicU8::from_ptr(page.add(at % 4096)) };
                 let mut byte = [0];
-                eager
-                    .read(who, at, &mut byte)
-                    .expect("a page handed out is readable");
-                assert_eq!(cell.load(std::sync::atomic::Ordering::Relaxed), byte[0]);
+                let done = eager.read(who, at, &mut byte);
+                assert_eq!(done, Ok(()), "a page handed out is readable");
+                assert_eq!(cell.load(Relaxed), byte[0]);
                 if let Some(value) = store {
-                    cell.store(value, std::sync::atomic::Ordering::Relaxed);
+                    cell.store(value, Relaxed);
                     eager.write(who, at, &[value]).unwrap();
                 }
             }
@@ -322,13 +342,27 @@ impl Both {
                     ..eager.lines[from].clone()
                 };
             }
+            Step::Mark { page } => {
+                let generation = lazy.mark_code(pa(0, page * 4096), agent).unwrap();
+                self.marked[page] = Some((generation, eager.lines[page * 64..][..64].to_vec()));
+            }
             Step::Rekey { who, generation } => {
                 lazy.set_key(KEYIDS[who], Some(pair(KEYIDS[who], generation)), agent)
                     .unwrap();
                 eager.generations[who] = generation;
             }
         }
-        self.slot.poll();
+        if self.slot.poll() {
+            self.held.clear();
+        }
+        for (page, marked) in self.marked.iter().enumerate() {
+            let Some((generation, lines)) = marked else {
+                continue;
+            };
+            let changed = self.eager.lines[page * 64..][..64] != *lines;
+            let noticed = self.lazy.code_gen(BASE + page as u64 * 4096) != *generation;
+            assert!(noticed || !changed, "a store to a code page went unnoticed");
+        }
     }
 
     fn compare(&self) {

@@ -7,6 +7,15 @@ use super::super::bytes::Word;
 use super::super::*;
 use super::{memory, with_key, BASE, PRIVATE};
 
+/// Ends the other threads of a test also when its own assertions fail.
+struct Ends<'a>(&'a AtomicBool);
+
+impl Drop for Ends<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// Two fleets: processors that store through pointers, and a host that takes their page away and gives it back.
 /// Each processor counts in its own word; no count may get lost and none may be seen where it must not be.
 #[test]
@@ -50,6 +59,7 @@ fn no_store_through_a_pointer_outlives_a_shootdown() {
                 slot.leave();
             });
         }
+        let _ends = Ends(&done);
         let mut rounds = 0;
         while rounds < 300 || stores.load(Ordering::Relaxed) < 1000 {
             // The host takes the whole line: from here on it must hold what the host wrote.
@@ -68,7 +78,6 @@ fn no_store_through_a_pointer_outlives_a_shootdown() {
             );
             rounds += 1;
         }
-        done.store(true, Ordering::Relaxed);
     });
 }
 

@@ -14,5 +14,6 @@ from . import (  # noqa: F401
     phymem_pamt,
     sys,
     sys_config,
+    sys_update,
     vp,
 )

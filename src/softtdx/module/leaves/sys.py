@@ -10,12 +10,13 @@ from softtdx.abi.status import Operand, Status
 from .. import limits, tdcs, tdvps
 from ..context import Call
 from ..errors import LeafError
+from ..handoff import read_header
 from ..locks import EXCLUSIVE, SHARED
-from ..pamt import ENTRY_SIZE, PageType
+from ..pamt import ENTRY_SIZE, PageType, publish_block
 from ..platform import compare, leaf_subleaf, sample
 from ..registry import seamcall
 from ..shared import check_shared
-from ..state import GLOBAL_LOCK, MAX_PACKAGES, TDMR_LOCK, PamtBlock, SysState, Tdmr
+from ..state import GLOBAL_LOCK, MAX_PACKAGES, TDMR_LOCK, SysState, Tdmr
 
 MIN_HANDOFF_PAGES: Final = 14
 SEAMOPS_GETREF_AND_REPORT: Final = 1 << 4 | 1 << 5
@@ -67,6 +68,7 @@ def sys_init(call: Call) -> None:
     config.attributes_fixed1 = 0
     if call.version:
         config.fatal_info_pa = _fatal_info(call, fatal_info)
+    g.handoff = read_header(cpu, g)
     g.platform = config
     call.module.enter_state(SysState.INIT_DONE)
 
@@ -157,23 +159,8 @@ def sys_tdmr_init(call: Call) -> None:
     tdmr.initialized += pages << 12
     done = tdmr.initialized & ~(GIB - 1)
     if done == tdmr.initialized:
-        publish_block(call, tdmr, done - GIB)
+        publish_block(g, tdmr, done - GIB)
     regs.rdx = done
-
-
-def publish_block(call: Call, tdmr: Tdmr, base: int) -> None:
-    """From now on pages of the 1 GiB block at `base` may be used."""
-    g = call.g
-    offset, key = base - tdmr.base, g.global_key_bits
-    g.blocks[base >> 30] = PamtBlock(
-        tdmr,
-        base,
-        tdmr.pamt_1g + (offset >> 30) * ENTRY_SIZE | key,
-        tdmr.pamt_2m + (offset >> 21) * ENTRY_SIZE | key,
-        (tdmr.pamt_4k if g.dynamic_pamt else tdmr.pamt_4k + (offset >> 12) * ENTRY_SIZE) | key,
-        key=key,
-        dynamic=g.dynamic_pamt,
-    )
 
 
 def _init_slice(call: Call, tdmr: Tdmr, offset: int, pages: int) -> None:

@@ -15,7 +15,7 @@ from ..platform import leaf_subleaf
 from ..state import GlobalState
 from .engine import Context, Location, View
 
-__all__ = ["SYS", "read_element", "read_field"]
+__all__ = ["SYS", "features0", "read_element", "read_field"]
 
 SYS: Final = Context(MdContext.SYS, 0)
 PAGE: Final = 4096
@@ -65,6 +65,11 @@ def _constant(value: int) -> Value:
     return lambda g, index: value
 
 
+def features0(g: GlobalState) -> int:
+    """TDX_FEATURES0 on this machine."""
+    return FEATURES0 | (LOCAL_ATTESTATION if g.platform.seam_capabilities & SEAMVERIFYREPORT else 0)
+
+
 def _configurable(g: GlobalState, index: int) -> tuple[int, int]:
     rows = abi_cpuid.configurable()
     if index >= len(rows):
@@ -104,14 +109,12 @@ _VALUES: Final[dict[str, Value]] = {
     "MIN_UPDATE_HV": _constant(limits.MIN_UPDATE_HV),
     "NO_DOWNGRADE": _constant(1),
     "NUM_HANDOFF_PAGES": lambda g, i: g.sysinfo.num_handoff_pages,
-    "HANDOFF_DATA_VALID": lambda g, i: int(g.handoff is not None),
-    "HANDOFF_DATA_HV": lambda g, i: limits.MODULE_HV if g.handoff is not None else 0,
-    "HANDOFF_DATA_SIZE": lambda g, i: len(g.handoff or b""),
+    "HANDOFF_DATA_VALID": lambda g, i: int(g.handoff.valid),
+    "HANDOFF_DATA_HV": lambda g, i: g.handoff.version,
+    "HANDOFF_DATA_SIZE": lambda g, i: g.handoff.size,
     "SYS_ATTRIBUTES": _constant(0),
     "NUM_TDX_FEATURES": _constant(1),
-    "TDX_FEATURES0": lambda g, i: (
-        FEATURES0 | (LOCAL_ATTESTATION if g.platform.seam_capabilities & SEAMVERIFYREPORT else 0)
-    ),
+    "TDX_FEATURES0": lambda g, i: features0(g),
     "NUM_CMRS": _constant(limits.MAX_CMRS),
     "CMR_BASE": lambda g, i: g.sysinfo.cmrs[i][0],
     "CMR_SIZE": lambda g, i: g.sysinfo.cmrs[i][1],

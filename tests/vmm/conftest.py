@@ -1,0 +1,21 @@
+"""A host with TDX up, shared by the tests of this floor, and the accounts that must balance after each."""
+
+import pytest
+
+from softtdx.vmm.boot import boot_host
+
+
+@pytest.fixture(scope="session")
+def booted_host():
+    return boot_host()
+
+
+@pytest.fixture
+def host(booted_host):
+    """The host; afterwards no TD's page, KeyID or host page may be missing."""
+    before = booted_host.memory.free_pages
+    yield booted_host
+    assert set(booted_host.memory.tdx_pages()) == {"PAMT"}
+    assert booted_host.tdx.free_keyids == len(booted_host.platform.description.private_keyids) - 1
+    assert booted_host.memory.free_pages == before
+    assert not booted_host.platform.escapes
