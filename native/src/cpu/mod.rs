@@ -16,6 +16,7 @@ pub mod exception;
 pub mod exec;
 pub mod ext;
 pub mod flags;
+pub mod float;
 pub mod int;
 pub mod interrupt;
 pub mod live;
