@@ -191,6 +191,7 @@ impl Cpu {
     #[inline(never)]
     pub fn check_write(&mut self, linear: u64, size: usize) -> Result<(), Stop> {
         let in_page = (0x1000 - (linear & 0xfff)) as usize;
+        self.both_canonical(linear, linear.wrapping_add(size as u64 - 1))?;
         let pa = self.translate(linear, access::WRITE, self.tag & 3)?;
         self.guard_code(pa, size.min(in_page))?;
         if size > in_page {
@@ -244,8 +245,9 @@ impl Cpu {
         // Both pages are checked before anything is read: an access to a device is not repeated.
         if (linear & 0xfff) as usize + into.len() > 0x1000 {
             let end = linear.wrapping_add(into.len() as u64 - 1);
+            self.both_canonical(linear, end)?;
             self.translate(linear, access::READ, privilege)?;
-            self.translate(self.wrap_linear(end), access::READ, privilege)?;
+            self.translate(self.wrap_linear(end & PAGE), access::READ, privilege)?;
         }
         while done < into.len() {
             let at = self.wrap_linear(linear.wrapping_add(done as u64));
@@ -263,10 +265,11 @@ impl Cpu {
         let mut done = 0;
         if (linear & 0xfff) as usize + from.len() > 0x1000 {
             let end = linear.wrapping_add(from.len() as u64 - 1);
+            self.both_canonical(linear, end)?;
             let first = self.translate(linear, access::WRITE, privilege)?;
             self.guard_code(first, (0x1000 - (linear & 0xfff)) as usize)?;
-            let second = self.translate(self.wrap_linear(end), access::WRITE, privilege)?;
-            self.guard_code(second & PAGE, (end & 0xfff) as usize + 1)?;
+            let second = self.translate(self.wrap_linear(end & PAGE), access::WRITE, privilege)?;
+            self.guard_code(second, (end & 0xfff) as usize + 1)?;
         }
         while done < from.len() {
             let at = self.wrap_linear(linear.wrapping_add(done as u64));
@@ -276,6 +279,15 @@ impl Cpu {
             self.try_pointer(at, pa, true, privilege)?;
             self.phys_write(pa, &from[done..done + part])?;
             done += part;
+        }
+        Ok(())
+    }
+
+    /// Segmentation comes before paging: an operand of which any byte is not canonical faults for that.
+    fn both_canonical(&mut self, first: u64, last: u64) -> Result<(), Stop> {
+        if self.long_mode() && !(self.canonical(first) && self.canonical(last)) {
+            self.stop = StopKind::Canonical;
+            return Err(Stop);
         }
         Ok(())
     }

@@ -28,6 +28,7 @@ pub mod run;
 pub mod segment;
 pub mod state;
 pub mod tlb;
+pub mod trial;
 pub mod uop;
 pub mod vmcs;
 pub mod vmx_ctl;

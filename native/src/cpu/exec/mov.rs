@@ -5,7 +5,7 @@ use iced_x86::{Code, Instruction, Mnemonic, OpKind};
 use crate::by_size;
 use crate::cpu::decode::{bitness, gpr, immediate, operand_size};
 use crate::cpu::int::Int;
-use crate::cpu::state::{Cpu, Stop, RAX, RBP, RDX, RSP, SEG_BASE, SS};
+use crate::cpu::state::{Cpu, Stop, StopKind, RAX, RBP, RDX, RSP, SEG_BASE, SS};
 use crate::cpu::uop::{step, Flow, Handler, Ip, Uop};
 
 fn mov_rr<T: Int>(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
@@ -160,7 +160,9 @@ impl Cpu {
     pub fn push<T: Int>(&mut self, value: T) -> Result<(), Stop> {
         if self.stack_mask == u64::MAX {
             let rsp = self.gpr[RSP].wrapping_sub(T::BYTES);
-            self.store::<T>(rsp, value)?;
+            if let Err(stop) = self.store::<T>(rsp, value) {
+                return Err(self.on_stack(stop));
+            }
             self.gpr[RSP] = rsp;
             return Ok(());
         }
@@ -171,11 +173,24 @@ impl Cpu {
     pub fn pop<T: Int>(&mut self) -> Result<T, Stop> {
         if self.stack_mask == u64::MAX {
             let rsp = self.gpr[RSP];
-            let value = self.load::<T>(rsp)?;
+            let value = match self.load::<T>(rsp) {
+                Ok(value) => value,
+                Err(stop) => return Err(self.on_stack(stop)),
+            };
             self.gpr[RSP] = rsp.wrapping_add(T::BYTES);
             return Ok(value);
         }
         self.pop_legacy(T::BYTES).map(T::from64)
+    }
+
+    /// A non-canonical stack address is #SS(0), whatever the instruction's memory operand is.
+    #[cold]
+    #[inline(never)]
+    fn on_stack(&mut self, stop: Stop) -> Stop {
+        if self.stop == StopKind::Canonical {
+            self.raise(12, Some(0));
+        }
+        stop
     }
 
     #[inline(never)]
@@ -592,6 +607,7 @@ pub fn lower(insn: &Instruction, uop: &mut Uop, mode: u32) -> Option<Handler> {
         Mnemonic::Enter => {
             uop.imm = u64::from(insn.immediate16());
             uop.op = insn.immediate8_2nd() & 31;
+            uop.segment = SS as u8;
             uop.size = match insn.code() {
                 Code::Enterw_imm16_imm8 => 2,
                 Code::Enterd_imm16_imm8 => 4,

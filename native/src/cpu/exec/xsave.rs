@@ -81,6 +81,20 @@ impl Ext {
         x87.summarise();
     }
 
+    /// The whole legacy region of 64-bit mode, MXCSR as it stands.
+    pub fn load_legacy(&mut self, area: &[u8]) {
+        self.load_x87(area, true);
+        self.mxcsr = u32::from_le_bytes(take(area, 24));
+        self.load_xmm(area, 16);
+    }
+
+    pub fn save_legacy(&self, area: &mut [u8]) {
+        self.save_x87(area, true);
+        put(area, 24, &self.mxcsr.to_le_bytes());
+        put(area, 28, &MXCSR_MASK.to_le_bytes());
+        self.save_xmm(area, 16);
+    }
+
     fn save_xmm(&self, area: &mut [u8], registers: usize) {
         for (number, value) in self.xmm.iter().enumerate().take(registers) {
             put(area, 160 + number * 16, &value.to_le_bytes());

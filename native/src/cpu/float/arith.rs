@@ -91,10 +91,7 @@ impl Env {
         if a.is_zero() || b.is_zero() {
             return Value::zero(sign);
         }
-        let (exp, sig) = normalise(
-            a.exp + b.exp + 1,
-            u128::from(a.sig) * u128::from(b.sig),
-        );
+        let (exp, sig) = normalise(a.exp + b.exp + 1, u128::from(a.sig) * u128::from(b.sig));
         self.round(sign, exp, sig, format)
     }
 
@@ -126,10 +123,7 @@ impl Env {
         let numerator = rest << 63;
         let (low, rest) = (numerator / divisor, numerator % divisor);
         // `high` has 63 or 64 bits; `low` holds the 63 below.
-        let (exp, sig) = normalise(
-            a.exp - b.exp + 1,
-            high << 63 | low,
-        );
+        let (exp, sig) = normalise(a.exp - b.exp + 1, high << 63 | low);
         self.round(sign, exp, sig | u128::from(rest != 0), format)
     }
 

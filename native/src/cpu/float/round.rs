@@ -68,7 +68,11 @@ impl Env {
             rounded.sig
         };
         if exp > format.bias() {
-            return self.overflow(sign, exp, kept, precision, rounded.inexact, format);
+            let rounded = Rounded {
+                sig: kept,
+                ..rounded
+            };
+            return self.overflow(sign, exp, &rounded, precision, format);
         }
         if rounded.inexact {
             self.raise(flag::INEXACT);
@@ -86,26 +90,31 @@ impl Env {
         &mut self,
         sign: bool,
         exp: i32,
-        kept: u128,
+        rounded: &Rounded,
         precision: u32,
-        inexact: bool,
         format: Format,
     ) -> Value {
         self.raise(flag::OVERFLOW);
         if self.masks & flag::OVERFLOW == 0 {
-            if inexact {
+            if rounded.inexact {
                 self.raise(flag::INEXACT);
+                self.up = rounded.up;
+            }
+            if format != EXTENDED {
+                return Value::infinity(sign);
             }
             // What an x87 register receives: the exponent wrapped by 24576 (SDM volume 1, 8.5.4).
-            let exp = if format == EXTENDED { exp - 24576 } else { exp };
+            let exp = exp - 24576;
             if exp > format.bias() {
-                self.up = !sign;
+                // FSCALE alone gets so far.
+                self.raise(flag::INEXACT);
+                self.up = true;
                 return Value::infinity(sign);
             }
             return Value {
                 class: Class::Finite,
                 exp,
-                sig: (kept as u64) << (64 - precision),
+                sig: (rounded.sig as u64) << (64 - precision),
                 ..Value::zero(sign)
             };
         }
@@ -129,14 +138,7 @@ impl Env {
     }
 
     #[cold]
-    fn round_tiny(
-        &mut self,
-        sign: bool,
-        exp: i32,
-        sig: u128,
-        format: Format,
-        drop: u32,
-    ) -> Value {
+    fn round_tiny(&mut self, sign: bool, exp: i32, sig: u128, format: Format, drop: u32) -> Value {
         if self.masks & flag::UNDERFLOW == 0 {
             self.raise(flag::UNDERFLOW);
             let rounded = self.round_off(sig, drop, sign);
@@ -151,6 +153,8 @@ impl Env {
             let exp = exp + 24576 + i32::from(carried);
             let kept = rounded.sig >> u32::from(carried);
             if exp < 1 - format.bias() {
+                self.raise(flag::INEXACT);
+                self.up = false;
                 return Value::zero(sign);
             }
             return Value {

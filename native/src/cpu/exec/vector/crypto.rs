@@ -27,11 +27,7 @@ const SBOX: [u8; 256] = {
     loop {
         p = times(p, 3);
         q = times(q, 0xf6);
-        let x = q
-            ^ q.rotate_left(1)
-            ^ q.rotate_left(2)
-            ^ q.rotate_left(3)
-            ^ q.rotate_left(4);
+        let x = q ^ q.rotate_left(1) ^ q.rotate_left(2) ^ q.rotate_left(3) ^ q.rotate_left(4);
         table[p as usize] = x ^ 0x63;
         if p == 1 {
             break;
@@ -163,10 +159,7 @@ fn sha256_rounds(dst: u128, src: u128, keys: u128) -> u128 {
         let majority = a & b ^ a & c ^ b & c;
         let sum1 = e.rotate_right(6) ^ e.rotate_right(11) ^ e.rotate_right(25);
         let sum0 = a.rotate_right(2) ^ a.rotate_right(13) ^ a.rotate_right(22);
-        let t1 = choice
-            .wrapping_add(sum1)
-            .wrapping_add(*key)
-            .wrapping_add(h);
+        let t1 = choice.wrapping_add(sum1).wrapping_add(*key).wrapping_add(h);
         let t2 = majority.wrapping_add(sum0);
         s = [t1.wrapping_add(t2), a, b, c, d.wrapping_add(t1), e, f, g];
     }

@@ -37,11 +37,15 @@ macro_rules! element {
             const BITS: u32 = <$bits>::BITS;
             #[inline(always)]
             fn host<const OP: u8>(a: u64, b: u64) -> Option<u64> {
-                let normal = |bits: $bits| (bits >> $shift & $exponent).wrapping_sub(1) < $exponent - 1;
+                let normal =
+                    |bits: $bits| (bits >> $shift & $exponent).wrapping_sub(1) < $exponent - 1;
                 if !normal(a as $bits) || !normal(b as $bits) {
                     return None;
                 }
-                let (a, b) = (<$float>::from_bits(a as $bits), <$float>::from_bits(b as $bits));
+                let (a, b) = (
+                    <$float>::from_bits(a as $bits),
+                    <$float>::from_bits(b as $bits),
+                );
                 let result = match OP {
                     ADD => a + b,
                     SUB => a - b,
@@ -100,9 +104,21 @@ fn element<const OP: u8>(env: &mut Env, a: u64, b: u64, imm: u8, format: Format)
         MIN | MAX => {
             // NaNs and equal numbers: the second operand as it is (a denormal that counts as zero is one).
             let order = env.compare(&x, &y, true);
-            let wanted = if OP == MIN { Ordering::Less } else { Ordering::Greater };
-            let (value, bits) = if order == Some(wanted) { (x, a) } else { (y, b) };
-            return if value.is_zero() { value.pack(format) as u64 } else { bits };
+            let wanted = if OP == MIN {
+                Ordering::Less
+            } else {
+                Ordering::Greater
+            };
+            let (value, bits) = if order == Some(wanted) {
+                (x, a)
+            } else {
+                (y, b)
+            };
+            return if value.is_zero() {
+                value.pack(format) as u64
+            } else {
+                bits
+            };
         }
         _ => {
             let holds = predicate(env, &x, &y, imm);
@@ -132,7 +148,11 @@ fn round(env: &mut Env, value: Value, imm: u8) -> Value {
         rules.rounding = crate::cpu::float::Rounding::from_bits(imm.into());
     }
     let result = rules.round_integral(value);
-    let kept = if imm & 8 != 0 { !flag::INEXACT } else { flag::ALL };
+    let kept = if imm & 8 != 0 {
+        !flag::INEXACT
+    } else {
+        flag::ALL
+    };
     env.raise(rules.flags & kept);
     result
 }
@@ -159,7 +179,11 @@ fn arith<E: Element, const OP: u8, const SCALAR: bool>(cpu: &mut Cpu, ip: Ip<'_>
         let quick = host_rounds(cpu.ext.mxcsr);
         let imm = u.imm as u8;
         let result = each::<E>(a, b, SCALAR, |a, b| {
-            let host = if quick { E::host::<OP>(if OP == SQRT { b } else { a }, b) } else { None };
+            let host = if quick {
+                E::host::<OP>(if OP == SQRT { b } else { a }, b)
+            } else {
+                None
+            };
             match host {
                 Some(value) => value,
                 None => element::<OP>(&mut env, a, b, imm, E::FORMAT),
@@ -223,22 +247,27 @@ fn dot<E: Element>(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
         }
         // An unmasked exception of one step keeps the next from being done.
         cpu.sse_done(&env)?;
-        let mut add = |cpu: &mut Cpu, x: u64, y: u64| {
-            let sum = element::<ADD>(&mut env, x, y, 0, E::FORMAT);
-            cpu.sse_done(&env)?;
-            Ok::<u64, Stop>(sum)
-        };
-        let low = add(cpu, products[0], products[1])?;
-        let sum = if count == 4 {
-            let high = add(cpu, products[2], products[3])?;
-            add(cpu, low, high)?
-        } else {
-            low
-        };
+        // Sums of neighbours, then of halves. Of two NaNs the first operand's goes on: that of the place itself, but
+        // of its neighbour in the first step of DPPS. (The SDM leaves it open; this is what Intel's processors do.)
+        for distance in [1, 2] {
+            if distance < count as usize {
+                let sums = [0, 1, 2, 3].map(|n: usize| {
+                    let first = if count == 4 && distance == 1 {
+                        n ^ 1
+                    } else {
+                        n
+                    };
+                    let (x, y) = (products[first], products[first ^ distance]);
+                    element::<ADD>(&mut env, x, y, 0, E::FORMAT)
+                });
+                cpu.sse_done(&env)?;
+                products = sums;
+            }
+        }
         let mut result = 0;
         for n in 0..count {
             if imm >> n & 1 != 0 {
-                result |= (u128::from(sum) & lane) << (n * E::BITS);
+                result |= (u128::from(products[n as usize]) & lane) << (n * E::BITS);
             }
         }
         cpu.ext.xmm[usize::from(u.dst & 15)] = result;

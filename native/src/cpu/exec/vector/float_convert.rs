@@ -154,9 +154,9 @@ fn to_gpr(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
 /// CVTPI2PS (`op` bit 0 clear), CVTPI2PD: two doublewords of an MMX register or memory.
 fn from_mmx(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
     step(cpu, ip, |cpu, u| {
-        // CVTPI2PD from memory touches no MMX register and leaves the x87 state alone.
-        let untouched = u.mem && u.op & 1 != 0;
-        if !untouched {
+        // From memory it touches no MMX register, and leaves the x87 state alone.
+        let untouched = u.mem;
+        if !untouched || u.op & 1 == 0 {
             cpu.x87_wait()?;
         }
         let b = mmx::source(cpu, u)?;
@@ -171,10 +171,11 @@ fn from_mmx(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
             let number = lane(b, n, 32) as u32 as i32;
             all | env.from_int(number.into(), to).pack(to) << (n * bits)
         });
-        cpu.sse_done(&env)?;
         if !untouched {
+            // Even if the conversion then faults.
             cpu.enter_mmx();
         }
+        cpu.sse_done(&env)?;
         cpu.ext.xmm[usize::from(u.dst & 15)] = value;
         Ok(())
     })
@@ -192,8 +193,8 @@ fn to_mmx(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
             (DOUBLE, 64)
         };
         let value = doublewords(&mut env, b, 2, from, bits, u.op & 2 != 0);
-        cpu.sse_done(&env)?;
         cpu.enter_mmx();
+        cpu.sse_done(&env)?;
         cpu.set_mm(u.dst, value as u64);
         Ok(())
     })

@@ -116,6 +116,8 @@ fn from_gpr(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
 fn to_gpr(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
     step(cpu, ip, |cpu, u| {
         cpu.x87_wait()?;
+        // TOP changes even if the store faults; the tags do not.
+        cpu.ext.x87.top = 0;
         let value = cpu.mm(u.src);
         if u.mem {
             let at = cpu.ea(u)?;
@@ -192,6 +194,7 @@ fn insert(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
 fn masked_store(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
     step(cpu, ip, |cpu, u| {
         cpu.x87_wait()?;
+        cpu.ext.x87.top = 0;
         let (value, mask) = (cpu.mm(u.dst), cpu.mm(u.src));
         store_bytes(cpu, u, &value.to_le_bytes(), &mask.to_le_bytes())?;
         cpu.enter_mmx();

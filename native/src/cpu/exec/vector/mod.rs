@@ -81,7 +81,10 @@ pub fn with_xmm0(cpu: &mut Cpu, ip: Ip<'_>, f: impl FnOnce(u128, u128, u128) -> 
 #[macro_export]
 macro_rules! xmm2 {
     ($f:expr) => {{
-        fn run(cpu: &mut $crate::cpu::state::Cpu, ip: $crate::cpu::uop::Ip<'_>) -> $crate::cpu::uop::Flow {
+        fn run(
+            cpu: &mut $crate::cpu::state::Cpu,
+            ip: $crate::cpu::uop::Ip<'_>,
+        ) -> $crate::cpu::uop::Flow {
             $crate::cpu::exec::vector::binary(cpu, ip, $f)
         }
         run as $crate::cpu::uop::Handler
@@ -92,7 +95,10 @@ macro_rules! xmm2 {
 #[macro_export]
 macro_rules! xmm_imm {
     ($f:expr) => {{
-        fn run(cpu: &mut $crate::cpu::state::Cpu, ip: $crate::cpu::uop::Ip<'_>) -> $crate::cpu::uop::Flow {
+        fn run(
+            cpu: &mut $crate::cpu::state::Cpu,
+            ip: $crate::cpu::uop::Ip<'_>,
+        ) -> $crate::cpu::uop::Flow {
             $crate::cpu::exec::vector::with_imm(cpu, ip, $f)
         }
         run as $crate::cpu::uop::Handler
@@ -103,7 +109,10 @@ macro_rules! xmm_imm {
 #[macro_export]
 macro_rules! xmm_zero {
     ($f:expr) => {{
-        fn run(cpu: &mut $crate::cpu::state::Cpu, ip: $crate::cpu::uop::Ip<'_>) -> $crate::cpu::uop::Flow {
+        fn run(
+            cpu: &mut $crate::cpu::state::Cpu,
+            ip: $crate::cpu::uop::Ip<'_>,
+        ) -> $crate::cpu::uop::Flow {
             $crate::cpu::exec::vector::with_xmm0(cpu, ip, $f)
         }
         run as $crate::cpu::uop::Handler
@@ -114,7 +123,10 @@ macro_rules! xmm_zero {
 #[macro_export]
 macro_rules! mmx2 {
     ($f:expr) => {{
-        fn run(cpu: &mut $crate::cpu::state::Cpu, ip: $crate::cpu::uop::Ip<'_>) -> $crate::cpu::uop::Flow {
+        fn run(
+            cpu: &mut $crate::cpu::state::Cpu,
+            ip: $crate::cpu::uop::Ip<'_>,
+        ) -> $crate::cpu::uop::Flow {
             $crate::cpu::exec::vector::mmx::binary(cpu, ip, $f)
         }
         run as $crate::cpu::uop::Handler
@@ -146,8 +158,7 @@ macro_rules! joined2 {
 }
 
 pub fn is_mmx(insn: &Instruction) -> bool {
-    (0..insn.op_count())
-        .any(|n| insn.op_kind(n) == OpKind::Register && insn.op_register(n).is_mm())
+    (0..insn.op_count()).any(|n| insn.op_kind(n) == OpKind::Register && insn.op_register(n).is_mm())
 }
 
 /// Fills in register operands and the immediate: operand 0 is the destination, operand 1 the source.

@@ -121,9 +121,7 @@ fn shuffle_words(b: u128, imm: u8) -> u128 {
 
 fn shuffle_doublewords(a: u128, b: u128, imm: u8) -> u128 {
     let all = [u32s(a), u32s(b)];
-    join_u32(from_fn(|n| {
-        all[n / 2][usize::from(imm >> (2 * n) & 3)]
-    }))
+    join_u32(from_fn(|n| all[n / 2][usize::from(imm >> (2 * n) & 3)]))
 }
 
 fn align_right(a: u128, b: u128, imm: u8) -> u128 {

@@ -93,11 +93,10 @@ fn compare(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
         };
         let x87 = &cpu.ext.x87;
         if x87.is_empty(0) || other.is_none() && x87.is_empty(u.src) {
-            if cpu.stack_fault(false) {
-                report(cpu, u, None);
+            let masked = cpu.stack_fault(false);
+            report(cpu, u, None);
+            if masked {
                 after(cpu, u);
-            } else if u.imm & TO_FLAGS != 0 {
-                report(cpu, u, None);
             }
             return Ok(());
         }
@@ -105,7 +104,12 @@ fn compare(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
         let b = other.unwrap_or_else(|| unpack(x87.st(u.src)));
         let mut env = cpu.x87_env(false);
         let order = env.compare(&a, &b, u.imm & QUIET == 0);
+        let c1 = cpu.ext.x87.status & C1;
         let done = cpu.x87_raised(&env);
+        if u.imm & TO_FLAGS != 0 {
+            // Only a stack fault says anything about C1.
+            cpu.ext.x87.set_codes(C1, c1);
+        }
         report(cpu, u, order);
         if done {
             after(cpu, u);

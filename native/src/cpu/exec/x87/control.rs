@@ -58,6 +58,7 @@ fn wait(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
 fn emms(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
     step(cpu, ip, |cpu, _| {
         cpu.x87_wait()?;
+        cpu.ext.x87.top = 0;
         cpu.ext.x87.valid = 0;
         Ok(())
     })
@@ -187,9 +188,7 @@ fn pointer(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
             }
             _ => return Ok::<(), Stop>(()),
         }
-        if u.op < 3 {
-            x87.set_codes(super::stack::C1, 0);
-        }
+        x87.set_codes(super::stack::C1, 0);
         Ok(())
     })
 }

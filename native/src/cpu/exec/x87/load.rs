@@ -35,7 +35,11 @@ fn load(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
         let at = cpu.ea(u)?;
         if u.size == 10 {
             let raw = load80(cpu, at)?;
-            let value = if u.rep == kind::BCD { from_bcd(raw) } else { raw };
+            let value = if u.rep == kind::BCD {
+                from_bcd(raw)
+            } else {
+                raw
+            };
             cpu.x87_push(value);
             return Ok(());
         }
@@ -56,7 +60,10 @@ fn load(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
         }
         let format = if u.size == 4 { SINGLE } else { DOUBLE };
         let mut env = cpu.x87_env(false);
-        let value = env.convert(Value::unpack(raw.into(), format), EXTENDED);
+        let number = Value::unpack(raw.into(), format);
+        // A denormal operand is loaded even if that exception is not masked.
+        env.masks |= flag::DENORMAL;
+        let value = env.convert(number, EXTENDED);
         if cpu.x87_raised(&env) {
             cpu.x87_push(pack(&value));
         }
@@ -81,18 +88,29 @@ fn load_register(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
     })
 }
 
+/// Whether ST(0) is empty, its stack fault noted; `None` if that is not masked, and nothing is to be stored. A page
+/// fault comes between the two: it leaves the x87 state as it was, but an exception that keeps the store from being
+/// done keeps it from faulting too.
+fn stack_ready(cpu: &mut Cpu, u: &Uop, at: u64) -> Result<Option<bool>, Stop> {
+    if !cpu.ext.x87.is_empty(0) {
+        return Ok(Some(false));
+    }
+    if cpu.ext.x87.control & flag::INVALID != 0 {
+        cpu.check_write(at, u.size.into())?;
+    }
+    Ok(cpu.stack_fault(false).then_some(true))
+}
+
 /// FST and FSTP to m32, m64; FSTP m80.
 fn store(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
     waiting(cpu, ip, |cpu, u| {
         let at = cpu.ea(u)?;
-        // A page fault leaves the x87 state as it was.
-        cpu.check_write(at, u.size.into())?;
-        let empty = cpu.ext.x87.is_empty(0);
-        if empty && !cpu.stack_fault(false) {
+        let Some(empty) = stack_ready(cpu, u, at)? else {
             return Ok(());
-        }
+        };
         let raw = if empty { INDEFINITE } else { cpu.ext.x87.st(0) };
         if u.size == 10 {
+            cpu.check_write(at, 10)?;
             if !empty {
                 cpu.ext.x87.set_codes(C1, 0);
             }
@@ -104,9 +122,15 @@ fn store(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
             } else {
                 let mut env = cpu.x87_env(false);
                 let value = narrow(&mut env, raw, format);
-                let stored = env.unmasked() & (flag::BEFORE | flag::OVERFLOW | flag::UNDERFLOW);
-                cpu.x87_raised(&env);
-                if stored != 0 {
+                let range = env.unmasked() & (flag::OVERFLOW | flag::UNDERFLOW);
+                if range != 0 {
+                    // Nothing is stored, so nothing is inexact.
+                    env.flags = range;
+                }
+                if range == 0 && env.unmasked() & flag::BEFORE == 0 {
+                    cpu.check_write(at, u.size.into())?;
+                }
+                if !cpu.x87_raised(&env) || range != 0 {
                     return Ok(());
                 }
                 value
@@ -155,17 +179,19 @@ fn store_register(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
 fn store_integer(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
     waiting(cpu, ip, |cpu, u| {
         let at = cpu.ea(u)?;
-        cpu.check_write(at, u.size.into())?;
         let bits = u32::from(u.size) * 8;
-        let number = if cpu.ext.x87.is_empty(0) {
-            if !cpu.stack_fault(false) {
-                return Ok(());
-            }
+        let Some(empty) = stack_ready(cpu, u, at)? else {
+            return Ok(());
+        };
+        let number = if empty {
             i64::MIN >> (64 - bits)
         } else {
             let mut env = cpu.x87_env(false);
             let value = unpack(cpu.ext.x87.st(0));
             let number = env.to_int(&value, bits, u.imm & TRUNCATE != 0);
+            if env.unmasked() & flag::BEFORE == 0 {
+                cpu.check_write(at, u.size.into())?;
+            }
             if !cpu.x87_raised(&env) {
                 return Ok(());
             }
@@ -195,11 +221,10 @@ fn store_bcd(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
     const INDEFINITE_BCD: (u64, u16) = (0xc000_0000_0000_0000, 0xffff);
     waiting(cpu, ip, |cpu, u| {
         let at = cpu.ea(u)?;
-        cpu.check_write(at, 10)?;
-        let bcd = if cpu.ext.x87.is_empty(0) {
-            if !cpu.stack_fault(false) {
-                return Ok(());
-            }
+        let Some(empty) = stack_ready(cpu, u, at)? else {
+            return Ok(());
+        };
+        let bcd = if empty {
             INDEFINITE_BCD
         } else {
             let mut env = cpu.x87_env(false);
@@ -213,6 +238,9 @@ fn store_bcd(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
             } else {
                 to_bcd(number.unsigned_abs(), value.sign)
             };
+            if env.unmasked() & flag::BEFORE == 0 {
+                cpu.check_write(at, 10)?;
+            }
             if !cpu.x87_raised(&env) {
                 return Ok(());
             }
@@ -230,10 +258,7 @@ fn to_bcd(mut number: u64, sign: bool) -> (u64, u16) {
         digits |= u128::from(number % 10) << (4 * n);
         number /= 10;
     }
-    (
-        digits as u64,
-        (digits >> 64) as u16 | u16::from(sign) << 15,
-    )
+    (digits as u64, (digits >> 64) as u16 | u16::from(sign) << 15)
 }
 
 /// FXCH.
@@ -270,7 +295,6 @@ fn conditional(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
             }
             return Ok(());
         }
-        cpu.ext.x87.set_codes(C1, 0);
         if cpu.cc.cond_dyn(u.op) {
             let value = cpu.ext.x87.st(u.src);
             cpu.ext.x87.set_st(0, value);
@@ -315,7 +339,11 @@ fn lower_moves(insn: &Instruction, uop: &mut Uop) -> Option<Handler> {
     Some(match insn.mnemonic() {
         M::Fld | M::Fild | M::Fbld if uop.mem => load,
         M::Fld => {
-            uop.src = if insn.op_count() > 1 { uop.src } else { uop.dst };
+            uop.src = if insn.op_count() > 1 {
+                uop.src
+            } else {
+                uop.dst
+            };
             load_register
         }
         M::Fst | M::Fstp | M::Fstpnce => {

@@ -29,9 +29,7 @@ pub fn waiting(
 ) -> Flow {
     step(cpu, ip, |cpu, u| {
         cpu.x87_wait()?;
-        let at = cpu.ip_mask(
-            cpu.gpr[crate::cpu::state::BLOCK].wrapping_add(u64::from(u.at)),
-        );
+        let at = cpu.ip_mask(cpu.gpr[crate::cpu::state::BLOCK].wrapping_add(u64::from(u.at)));
         let before = cpu.ext.x87.ip;
         cpu.ext.x87.ip = at;
         body(cpu, u).inspect_err(|_| cpu.ext.x87.ip = before)
@@ -48,10 +46,7 @@ fn memory_kind(insn: &Instruction) -> u8 {
 
 /// Number of the ST register that operand `n` is.
 fn st(insn: &Instruction, n: u32) -> u8 {
-    if n < insn.op_count()
-        && insn.op_kind(n) == OpKind::Register
-        && insn.op_register(n).is_st()
-    {
+    if n < insn.op_count() && insn.op_kind(n) == OpKind::Register && insn.op_register(n).is_st() {
         insn.op_register(n).number() as u8
     } else {
         0

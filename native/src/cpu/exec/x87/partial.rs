@@ -10,7 +10,7 @@ use super::stack::{pack, unpack, C0, C1, C2, C3, INDEFINITE};
 use super::waiting;
 use crate::cpu::float::remainder::{remainder, Partial};
 use crate::cpu::float::transcendental;
-use crate::cpu::float::{flag, Value, EXTENDED};
+use crate::cpu::float::{Value, EXTENDED};
 use crate::cpu::state::Cpu;
 use crate::cpu::uop::{Flow, Handler, Ip, Uop};
 
@@ -59,6 +59,7 @@ fn fprem(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
     waiting(cpu, ip, |cpu, u| {
         let Some((a, b)) = operands(cpu, true) else {
             underflow(cpu);
+            cpu.ext.x87.set_codes(C2, 0);
             return Ok(());
         };
         let mut env = cpu.x87_env(false);
@@ -67,20 +68,22 @@ fn fprem(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
             quotient,
             complete,
         } = remainder(&mut env, a, b, u.op == 1);
-        if !cpu.x87_raised(&env) {
+        let stored = cpu.x87_raised(&env);
+        let x87 = &mut cpu.ext.x87;
+        if stored {
+            x87.set_st(0, pack(&value));
+        }
+        if !stored || value.is_nan() {
+            x87.set_codes(C2, 0);
             return Ok(());
         }
-        let x87 = &mut cpu.ext.x87;
-        x87.set_st(0, pack(&value));
         let mut codes = if complete { 0 } else { C2 };
         for (bit, code) in [(1, C1), (2, C3), (4, C0)] {
             if quotient & bit != 0 {
                 codes |= code;
             }
         }
-        if env.flags & flag::INVALID == 0 {
-            x87.set_codes(C0 | C1 | C2 | C3, codes);
-        }
+        x87.set_codes(C0 | C1 | C2 | C3, codes);
         Ok(())
     })
 }

@@ -17,7 +17,10 @@ const BUSY: u16 = 1 << 15;
 pub const INDEFINITE: (u64, u16) = (0xc000_0000_0000_0000, 0xffff);
 
 pub fn unpack(register: (u64, u16)) -> Value {
-    Value::unpack(u128::from(register.1) << 64 | u128::from(register.0), EXTENDED)
+    Value::unpack(
+        u128::from(register.1) << 64 | u128::from(register.0),
+        EXTENDED,
+    )
 }
 
 pub fn pack(value: &Value) -> (u64, u16) {
