@@ -15,6 +15,7 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
+from softtdx._silicon import PAYLOADS
 from softtdx.abi.structs import TdInfo
 from softtdx.attest.pcs import PcsListener
 from softtdx.attest.qgs import QgsClient
@@ -23,6 +24,8 @@ from softtdx.cli.attest import COMMANDS, platform_tcb
 from softtdx.errors import SoftTdxError
 from softtdx.hw.description import preset
 from softtdx.hw.seamops import RandomSource, SeamIdentity, SeamOpsEngine
+from softtdx.vmm import Machine, MachineConfig, load_payload
+from softtdx.vmm.boot import boot_host
 
 cli = click.Group(commands=COMMANDS)
 
@@ -200,7 +203,19 @@ def test_a_log_is_replayed_against_a_quote(
 def test_reference_values_of_a_linux_boot(tmp_path: Path) -> None:
     (tmp_path / "kernel").write_bytes(b"kernel")
     found = json.loads(ok("measure", "linux", "--kernel", tmp_path / "kernel", "--append", "quiet", "--json"))
-    assert found["rtmr1"] == hashlib.sha384(bytes(48) + hashlib.sha384(b"kernel").digest()).hexdigest()
+    digests = [hashlib.sha384(part).hexdigest() for part in (b"kernel", bytes(4))]
+    assert found["rtmr1"] == json.loads(ok("measure", "rtmr", *digests, "--json"))["rtmr"]
+
+
+def test_the_mrtd_of_a_payload_is_known_before_it_runs(tmp_path: Path) -> None:
+    payload = tmp_path / "demo"
+    payload.write_bytes(PAYLOADS["demo"])
+    program = load_payload(payload)
+    with Machine(boot_host(), MachineConfig(memory=32 << 20, vcpus=2)) as machine:
+        machine.load(program)
+        mrtd = machine.mrtd()
+    assert mrtd is not None
+    assert ok("measure", "payload", payload, "--memory", "32M", "--vcpus", "2") == f"mrtd: {mrtd.hex()}\n"
 
 
 @pytest.mark.parametrize("service", ["qgs", "pcs"])

@@ -27,6 +27,7 @@ from softtdx.attest import (
 from softtdx.attest.errors import CollateralError, MalformedError
 from softtdx.attest.pki import EXPIRABLE, REVOCABLE
 from softtdx.attest.store import load_pki, save_pki
+from softtdx.cli.console import SIZE
 from softtdx.errors import SoftTdxError
 from softtdx.hw.description import PlatformDescription, preset, preset_names
 from softtdx.hw.seamops import RandomSource, SeamOpsEngine, SeamOpsStatus
@@ -446,12 +447,28 @@ def measure() -> None:
 @click.option("--initrd", type=click.Path(path_type=Path))
 @_json_option
 def measure_linux(kernel: Path, command_line: str, initrd: Path | None, as_json: bool) -> None:
-    """RTMR1 and RTMR2 of a direct Linux boot."""
-    from softtdx.attest.measure import linux_boot_log  # for this command only
+    """RTMR1 and RTMR2 of a Linux boot through the TD firmware."""
+    from softtdx.attest.measure import LinuxBoot, linux_boot_log  # for this command only
 
-    log = linux_boot_log(_read(kernel), command_line, _read(initrd) if initrd else None)
+    log = linux_boot_log(LinuxBoot(_read(kernel), command_line, _read(initrd) if initrd else b""))
     rtmrs = log.rtmrs()
     _show({"rtmr1": rtmrs[1].hex(), "rtmr2": rtmrs[2].hex()}, as_json)
+
+
+@measure.command("payload")
+@click.argument("payload", type=click.Path())
+@click.option("--memory", type=SIZE, default="64M", show_default=True, help="Guest memory, as for `softtdx run`.")
+@click.option("--vcpus", type=int, default=1, show_default=True)
+@_json_option
+def measure_payload(payload: str, memory: int, vcpus: int, as_json: bool) -> None:
+    """The MRTD of `softtdx run PAYLOAD` with the same --memory and --vcpus."""
+    from softtdx.attest.measure import Region, mrtd_of  # for this command only
+    from softtdx.vmm import load_payload
+    from softtdx.vmm.launcher import FIRMWARE_BASE, firmware_image, lay_out
+
+    layout = lay_out(load_payload(payload), memory, vcpus)
+    regions = [Region(FIRMWARE_BASE, firmware_image(layout)), *(Region(*part) for part in layout.present)]
+    _show({"mrtd": mrtd_of(regions).hex()}, as_json)
 
 
 @measure.command("rtmr")
