@@ -154,7 +154,7 @@ class TdxVm(VmOps):
         self.attributes, self.xfam = params.attributes, params.xfam
         self.state = TdState.INITIALIZED
         self.vm.memslots.max_gpa = self.shared_bit
-        self.vm.ept = Ept(memory, levels=levels, suppress_ve=True)
+        self.vm.ept = Ept(memory, levels=levels, shared_bit=self.shared_bit)
         self.secure = SecureEpt(memory, tdr, levels, self.vm.kick_all)
 
     def _td_params(self, init: TdxInitVm) -> tuple[TdParams, int]:

@@ -50,7 +50,7 @@ class VmxVm(VmOps):
     def __init__(self, vm: "Vm") -> None:
         """KVM_CREATE_VM of the default type."""
         super().__init__(vm)
-        vm.ept = Ept(vm.host.memory, levels=4, suppress_ve=False)
+        vm.ept = Ept(vm.host.memory, levels=4)
         vm.memslots.max_gpa = 1 << 48
 
     @property
