@@ -54,6 +54,7 @@ class LogicalProcessor:
         self.package = index // d.lps_per_package
         self.apic_id = index
         self.mode = Mode.VMX_ROOT
+        self._written: dict[int, int] = {}
         self.core = Core(platform.memory, self.apic_id)
         self.core.configure(tsc_hz=d.tsc_hz, tsc_real=d.tsc_real)
         if Msr.VMX_BASIC in d.msrs:
@@ -199,7 +200,9 @@ class LogicalProcessor:
 
     def rdmsr(self, msr: int) -> int:
         """RDMSR in root mode. Raises GeneralProtection when there is no such MSR."""
-        value = self.platform.rdmsr(msr)
+        value = self._written.get(msr)
+        if value is None:
+            value = self.platform.rdmsr(msr)
         if value is None:
             value = self.core.rdmsr(msr)
         if value is None:
@@ -211,7 +214,7 @@ class LogicalProcessor:
         if self.platform.rdmsr(msr) is not None:
             if msr in _LOCKED_BY_FIRMWARE:
                 raise GeneralProtection(f"WRMSR of {msr:#x}, which the platform's firmware locked")
-            return
+            self._written[msr] = value  # differs from the description on this processor from now on
         self.core.wrmsr(msr, value)
 
     def __repr__(self) -> str:
