@@ -11,7 +11,7 @@ from ..context import Call
 from ..errors import LeafError, operand_invalid
 from ..locks import EXCLUSIVE, SHARED
 from ..pamt import PageType, PamtPage, lock_implicit, lock_page
-from ..registry import seamcall
+from ..registry import ALL_VERSIONS, seamcall
 from ..td import Td, open_td
 
 NULL_PA: Final = (1 << 64) - 1
@@ -19,7 +19,6 @@ NOT_USED: Final = 1 << 63  # in a page operand of SEPT.ADD version 1: handed bac
 ALLOW_EXISTING: Final = 1
 DEBUG: Final = 1  # ATTRIBUTES.DEBUG
 TDR_FIELD: Final = 0x000F_FFFF_FFFF_F000
-ALL_VERSIONS: Final = tuple(range(256))
 
 _ADD_STATES: Final = sept.host_states(SeamcallLeaf.MEM_SEPT_ADD)
 _REMOVE_STATES: Final = sept.host_states(SeamcallLeaf.MEM_SEPT_REMOVE)

@@ -11,7 +11,7 @@ from ..context import Call
 from ..errors import LeafError, operand_invalid
 from ..locks import EXCLUSIVE, SHARED
 from ..pamt import PageType, implicit, lock_implicit, lock_page
-from ..registry import seamcall
+from ..registry import ALL_VERSIONS, seamcall
 from ..td import LockId, Td, open_td
 
 _PROMOTE_STATES: Final = sept.host_states(SeamcallLeaf.MEM_PAGE_PROMOTE)
@@ -20,7 +20,6 @@ _DEMOTE_STATES: Final = sept.host_states(SeamcallLeaf.MEM_PAGE_DEMOTE)
 NULL_PA: Final = (1 << 64) - 1
 TDR_FIELD: Final = 0x000F_FFFF_FFFF_F000
 L2_ADD_MODE: Final = 1  # DEMOTE, RDX bit 0: add L2 pages only where there is an L2 alias
-ALL_VERSIONS: Final = tuple(range(256))
 _NOT_COMPARED: Final = ~(A | D | HP)
 
 

@@ -9,7 +9,7 @@ from .. import handoff, limits
 from ..context import Call
 from ..errors import LeafError
 from ..metadata.sys_fields import features0
-from ..registry import seamcall
+from ..registry import ALL_VERSIONS, seamcall
 from ..state import SysState
 from .sys import lock_global
 
@@ -49,7 +49,7 @@ def sys_shutdown(call: Call) -> None:
     handoff.save(call.cpu, g)
 
 
-@seamcall(SeamcallLeaf.SYS_UPDATE, versions=tuple(range(256)), before_ready=True)
+@seamcall(SeamcallLeaf.SYS_UPDATE, versions=ALL_VERSIONS, before_ready=True)
 def sys_update(call: Call) -> None:
     """TDH.SYS.UPDATE: take over from the module before this one; its TDs go on.
 
