@@ -48,7 +48,10 @@ impl Cpu {
         let outcome = self.run_loop(&mut cache);
         self.slot.leave();
         self.cache = cache;
-        self.counters.instructions = self.icount;
+        if let Ok(mut shown) = self.shared.counters.lock() {
+            shown.clear();
+            shown.extend(self.counter_list());
+        }
         outcome
     }
 

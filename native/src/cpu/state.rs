@@ -1,5 +1,6 @@
 //! The register file of one logical processor, and everything else it carries from one instruction to the next.
 
+use std::cell::Cell;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
 use std::sync::{Arc, Condvar, Mutex};
@@ -206,13 +207,13 @@ pub struct Shared {
     pub wake: Condvar,
     /// Advance of the virtual TSC by the host, in ticks.
     pub tsc_jump: AtomicU64,
+    /// The counters as of the last pause or exit, for those who ask while the processor runs.
+    pub counters: Mutex<Vec<(&'static str, u64)>>,
 }
 
 /// Counters a user may read.
 #[derive(Default, Clone, Debug)]
 pub struct Counters {
-    pub instructions: u64,
-    pub blocks: u64,
     pub lookups: u64,
     pub decoded: u64,
     pub tlb_fills: u64,
@@ -388,7 +389,8 @@ pub struct Cpu {
     pub step: bool,
     pub monitor: Option<u64>,
     pub rng: u64,
-    pub tsc_base: u64,
+    /// What was added to this processor's time-stamp counter to keep up with the others.
+    pub tsc_base: Cell<u64>,
     pub apic_id: u32,
     /// Tick at which the host's timer for this processor fires.
     pub host_timer: Option<u64>,
@@ -401,7 +403,6 @@ pub struct Cpu {
     pub mem: Arc<Memory>,
     pub slot: Arc<CpuSlot>,
     pub shared: Arc<Shared>,
-    pub real_start: std::time::Instant,
 }
 
 impl Cpu {
@@ -488,7 +489,7 @@ impl Cpu {
             step: false,
             monitor: None,
             rng: 0x9e37_79b9_7f4a_7c15 ^ u64::from(apic_id),
-            tsc_base: 0,
+            tsc_base: Cell::new(0),
             apic_id,
             host_timer: None,
             preempt_at: None,
@@ -498,7 +499,6 @@ impl Cpu {
             mem,
             slot,
             shared: Arc::new(Shared::default()),
-            real_start: std::time::Instant::now(),
         }
     }
 
