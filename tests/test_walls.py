@@ -10,6 +10,8 @@ import softtdx
 ROOT = Path(softtdx.__file__).parent
 STANDARD = {
     "collections",
+    "contextlib",
+    "contextlib",
     "dataclasses",
     "enum",
     "functools",
