@@ -157,7 +157,8 @@ def pki() -> None:
 
 @pki.command("init")
 @click.argument("directory", type=click.Path(path_type=Path))
-@click.option("--seed", type=int, help="The same seed gives the same PKI to the byte; without one it is random.")
+@click.option("--seed", type=int, help="The same seed gives the same PKI to the byte. [default: the platform's]")
+@click.option("--random", "at_random", is_flag=True, help="Keys that nobody can make again.")
 @platform_option
 @click.option("--ca", type=click.Choice(["platform", "processor"]), default="platform", show_default=True)
 @click.option("--tcb-status", default="UpToDate", show_default=True, help="What TCB info says of the platform.")
@@ -170,12 +171,25 @@ def pki() -> None:
 @click.option("--pcs-url", default=PkiOptions.pcs_url, show_default=True, help="Where certificates say CRLs are.")
 @click.option("--replace", is_flag=True, help="Replace a PKI that is there.")
 def pki_init(
-    directory: Path, seed: int | None, platform_name: str, ca: str, pcs_url: str, replace: bool, **verdict: Any
+    directory: Path,
+    seed: int | None,
+    at_random: bool,
+    platform_name: str,
+    ca: str,
+    pcs_url: str,
+    replace: bool,
+    **verdict: Any,
 ) -> None:
-    """Make a PKI in DIRECTORY: root, PCK CAs, PCK certificate, CRLs, TCB info, QE identity, keys (mode 0600)."""
+    """Make a PKI in DIRECTORY: root, PCK CAs, PCK certificate, CRLs, TCB info, QE identity, keys (mode 0600).
+
+    Unless told otherwise it is the platform's own: the one that `softtdx run` and `softtdx demo` quote under.
+    """
+    description = load_description(platform_name)
+    if seed is None and not at_random:
+        seed = description.seed
     made = Pki.create(
         seed,
-        tcb=platform_tcb(load_description(platform_name)),
+        tcb=platform_tcb(description),
         ca=ca,
         pcs_url=pcs_url,
         vary=_variation(verdict),
@@ -279,7 +293,7 @@ def qgs_serve(pki_dir: Path | None, platform_name: str, listen: str) -> None:
 @pki_option
 @platform_option
 @click.option("--qgs", "qgs_address", help="Ask this quote generation service instead of quoting here.")
-@click.option("--version", type=click.Choice(["4", "5"]), default="4", show_default=True)
+@click.option("--version", type=click.Choice(["4", "5"]), help="[default: what such a report gets]")
 @click.option("--body-type", type=click.Choice(["2", "3", "4"]), help="Of a version 5 quote: TDX 1.0, 1.5, 1.5 ex.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True)
 def quote(
@@ -287,7 +301,7 @@ def quote(
     pki_dir: Path | None,
     platform_name: str,
     qgs_address: str | None,
-    version: str,
+    version: str | None,
     body_type: str | None,
     output: Path,
 ) -> None:
@@ -299,9 +313,13 @@ def quote(
         data = QgsClient(parse_address(qgs_address)).quote(report)
     else:
         enclave = QuotingEnclave(need_pki(pki_dir), report_verifier(load_description(platform_name)))
-        data = enclave.quote(report, version=int(version), body_type=int(body_type) if body_type else None)
+        data = enclave.quote(report, version=_int(version), body_type=_int(body_type))
     _write(output, data)
     click.echo(f"{output}: {len(data)} bytes")
+
+
+def _int(text: str | None) -> int | None:
+    return None if text is None else int(text)
 
 
 @click.command()
