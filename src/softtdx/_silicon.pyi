@@ -51,6 +51,8 @@ class Memory:
     # Accesses of an agent on the bus (host software, a device): seam=False may not name a private KeyID.
     def read(self, pa: int, size: int, seam: bool = False) -> bytes: ...
     def write(self, pa: int, data: bytes, seam: bool = False) -> None: ...
+    def cas64(self, pa: int, old: int, new: int, seam: bool = False) -> int:
+        """LOCK CMPXCHG: returns the value found; it was replaced if that equals `old`."""
     # What a probe on the memory bus sees and does; no KeyID in `pa`. Lengths and addresses are free.
     def raw_read(self, pa: int, size: int) -> bytes: ...
     def raw_write(self, pa: int, data: bytes) -> None: ...
@@ -111,6 +113,10 @@ class Core:
     def wrmsr(self, msr: int, value: int) -> None: ...
     def rdtsc(self) -> int:
         """TSC of this platform: virtual and deterministic unless `tsc_real`, see `configure`."""
+    def advance_tsc(self, ticks: int) -> None:
+        """The virtual TSC goes on by `ticks`: the host was idle. From any thread."""
+    def set_host_timer(self, tsc: int | None) -> None:
+        """The processor's own deadline timer: an external interrupt at this TSC value. None disarms it."""
     def configure(self, **options: int | bool) -> None:
         """cpuid-driven features and limits: gpaw..., `tsc_real`, `tsc_hz`, `pa_bits`; unknown names raise ValueError."""
     # --- VMX. Field encodings are the SDM's (Appendix B) and the TDX additions (shared EPTP 0x203C, HKID 0x4026).

@@ -404,6 +404,12 @@ pub struct Cpu {
     pub real_start: std::time::Instant,
 }
 
+/// When the real TSCs started: one moment for all processors, whose TSCs are in step.
+fn epoch() -> std::time::Instant {
+    static EPOCH: std::sync::OnceLock<std::time::Instant> = std::sync::OnceLock::new();
+    *EPOCH.get_or_init(std::time::Instant::now)
+}
+
 impl Cpu {
     pub fn new(mem: Arc<Memory>, apic_id: u32) -> Cpu {
         let slot = mem.register_cpu();
@@ -498,7 +504,7 @@ impl Cpu {
             mem,
             slot,
             shared: Arc::new(Shared::default()),
-            real_start: std::time::Instant::now(),
+            real_start: epoch(),
         }
     }
 
