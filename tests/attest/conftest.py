@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 from attest_platform import ReportingPlatform
 from other_verifiers import LineVerifier, start_go, start_javascript
@@ -65,3 +66,10 @@ def _cache(request: pytest.FixtureRequest) -> Callable[[str], Path]:
     cache = request.config.cache
     assert cache is not None
     return cache.mkdir
+
+
+@pytest.fixture(scope="session")
+def http() -> Iterator[httpx.Client]:
+    """One client for all, for making one takes longer than most requests."""
+    with httpx.Client(timeout=30) as client:
+        yield client

@@ -24,8 +24,9 @@ from softtdx.cli.attest import COMMANDS, platform_tcb
 from softtdx.errors import SoftTdxError
 from softtdx.hw.description import preset
 from softtdx.hw.seamops import RandomSource, SeamIdentity, SeamOpsEngine
-from softtdx.vmm import Machine, MachineConfig, load_payload
+from softtdx.vmm import Machine, MachineConfig, load_payload, parse_payload
 from softtdx.vmm.boot import boot_host
+from softtdx.vmm.quoting import QuotingService
 
 cli = click.Group(commands=COMMANDS)
 
@@ -133,6 +134,12 @@ def test_every_verdict_can_be_set_up_by_a_flag(tmp_path: Path, workplace: Path, 
     assert verdict in result.output.splitlines()[-1]
 
 
+def test_a_random_pki_is_like_no_other(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        ok("pki", "init", tmp_path / name, "--random")
+    assert load_pki(tmp_path / "a").root_der != load_pki(tmp_path / "b").root_der
+
+
 def test_what_is_missing_or_wrong_is_said_in_one_line(workplace: Path, tmp_path: Path) -> None:
     quote, pki = workplace / "quote.dat", workplace / "pki"
     assert "cannot be read" in error("verify", tmp_path / "absent", "--pki", pki)
@@ -216,6 +223,22 @@ def test_the_mrtd_of_a_payload_is_known_before_it_runs(tmp_path: Path) -> None:
         mrtd = machine.mrtd()
     assert mrtd is not None
     assert ok("measure", "payload", payload, "--memory", "32M", "--vcpus", "2") == f"mrtd: {mrtd.hex()}\n"
+
+
+def test_the_quote_that_a_td_asked_for_verifies_under_its_platforms_pki(tmp_path: Path) -> None:
+    host = boot_host()
+    quoting = QuotingService(host.platform)
+    with Machine(host, MachineConfig(memory=32 << 20), quoting=quoting) as machine:
+        machine.load(parse_payload(PAYLOADS["demo"]))
+        result = machine.run()
+    assert quoting.last_quote is not None, result
+    (tmp_path / "quote.dat").write_bytes(quoting.last_quote)
+    ok("pki", "init", tmp_path / "pki")
+    found = json.loads(ok("verify", tmp_path / "quote.dat", "--pki", tmp_path / "pki", "--second-opinion", "--json"))
+    assert (found["status"], found["dcap_qvl"]) == ("UpToDate", "UpToDate")
+    assert result.mrtd is not None
+    assert found["quote"]["body"]["mr_td"] == result.mrtd.hex()
+    assert found["quote"]["body"]["rtmr3"] != "00" * 48  # the demo extends it
 
 
 @pytest.mark.parametrize("service", ["qgs", "pcs"])

@@ -6,6 +6,7 @@ written here: anything else is a finding.
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -140,19 +141,20 @@ def opinions(verifier: DcapQvl | LineVerifier, cases: Sequence[Case], root: byte
     return [verifier.judge(case.quote, case.collateral, root, NOW) for case in cases]
 
 
-def test_no_independent_verifier_accepts_a_corruption_of_what_it_looks_at(
+def test_the_other_verifiers_accept_no_corruption_of_what_they_look_at(
     pki: Pki, cases: list[Case], javascript_verifier: LineVerifier, go_verifier: LineVerifier
 ) -> None:
-    verifiers: list[DcapQvl | LineVerifier] = [DcapQvl(), javascript_verifier, go_verifier]
-    with ThreadPoolExecutor(len(verifiers)) as pool:
-        found = list(pool.map(lambda verifier: opinions(verifier, cases, pki.root_der), verifiers))
-    for verifier, judged in zip(verifiers, found, strict=True):
-        for case, opinion in zip(cases, judged, strict=True):
+    # The JavaScript one takes ten times as long as the others: outside CI it judges every fifth.
+    work = {javascript_verifier: cases if os.environ.get("CI") else cases[::5], go_verifier: cases}
+    with ThreadPoolExecutor(len(work)) as pool:
+        found = list(pool.map(lambda verifier: opinions(verifier, work[verifier], pki.root_der), work))
+    for (verifier, judged), said in zip(work.items(), found, strict=True):
+        for case, opinion in zip(judged, said, strict=True):
             looked_at = case.part not in DOES_NOT_LOOK_AT[verifier.name] | UNPROTECTED
             assert not (opinion.accepted and looked_at), f"{verifier.name} accepts {case.what} ({case.part})"
 
 
-def test_dcap_qvl_alone_accepts_no_corruption_of_what_it_looks_at(pki: Pki, cases: list[Case]) -> None:
+def test_dcap_qvl_accepts_no_corruption_of_what_it_looks_at(pki: Pki, cases: list[Case]) -> None:
     for case, opinion in zip(cases, opinions(DcapQvl(), cases, pki.root_der), strict=True):
         looked_at = case.part not in DOES_NOT_LOOK_AT["dcap-qvl"] | UNPROTECTED
         assert not (opinion.accepted and looked_at), f"{case.what} ({case.part})"

@@ -22,9 +22,9 @@ from softtdx.attest import (
     Pki,
     QuotingEnclave,
     Verifier,
+    http_service,
     verify_with_dcap_qvl,
 )
-from softtdx.attest import pcs as pcs_module
 from softtdx.attest.errors import ServiceUnavailableError
 from softtdx.attest.pcs import PcsListener
 from softtdx.attest.pcs_client import fetch_collateral
@@ -248,7 +248,7 @@ def test_only_reading_is_allowed(pcs: PcsListener) -> None:
     assert httpx.post(f"{pcs.url}/tdx/certification/v4/qe/identity", content=b"x" * 100_000).status_code == 405
 
 
-def test_the_pcs_outlives_bad_clients_and_serves_64_at_once(pcs: PcsListener) -> None:
+def test_the_pcs_outlives_bad_clients_and_serves_64_at_once(pcs: PcsListener, http: httpx.Client) -> None:
     idle = [connect(pcs) for _ in range(AT_ONCE)]
     try:
         beginnings = [
@@ -265,7 +265,7 @@ def test_the_pcs_outlives_bad_clients_and_serves_64_at_once(pcs: PcsListener) ->
                 assert number % len(beginnings) == 4  # the service may hang up on 70,000 bytes of nonsense early
         url = f"{pcs.url}/tdx/certification/v4/qe/identity"
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            answers = list(pool.map(lambda _: httpx.get(url, timeout=30), range(AT_ONCE)))
+            answers = list(pool.map(lambda _: http.get(url), range(AT_ONCE)))
         assert {answer.status_code for answer in answers} == {200}
         assert len({answer.content for answer in answers}) == 1
     finally:
@@ -274,7 +274,7 @@ def test_the_pcs_outlives_bad_clients_and_serves_64_at_once(pcs: PcsListener) ->
 
 
 def test_a_client_that_never_asks_is_hung_up_on(pki: Pki, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pcs_module, "REQUEST_TIMEOUT", 0.2)
+    monkeypatch.setattr(http_service, "REQUEST_TIMEOUT", 0.2)
     with PcsListener(pki, port=0) as listener, connect(listener) as stream:
         stream.sendall(b"GET /tdx")
         assert stream.recv(1000) == b""

@@ -1,10 +1,9 @@
 """Every way in which a memory leaf refuses a call, and which refusal comes first when two things are wrong."""
 
 from collections.abc import Callable
-from itertools import combinations
-from typing import NamedTuple
 
 import pytest
+from refusals import Refusals, check_each, check_order
 from scenario import (
     BLOCKED,
     EMPTY_TABLE,
@@ -35,15 +34,6 @@ from softtdx.abi.status import Operand, Status
 RCX, RDX, R8, R9 = Operand.RCX, Operand.RDX, Operand.R8, Operand.R9
 STATE = Status.EPT_ENTRY_STATE_INCORRECT
 INVALID = Status.OPERAND_INVALID
-
-
-class Refusals(NamedTuple):
-    """A leaf, operands with which it succeeds, and its refusals in the order of its checks."""
-
-    leaf: Leaf
-    good: dict[str, int]
-    rows: list[Row]
-    version: int = 0
 
 
 def page_add(s: Scenario) -> Refusals:
@@ -362,46 +352,16 @@ def scenario() -> Scenario:
     return Scenario()
 
 
-def refuse(scenario: Scenario, refusals: Refusals, rows: tuple[Row, ...]) -> tuple[Status, int]:
-    """Make the call with the faults of all `rows`; returns (status, detail)."""
-    operands = dict(refusals.good)
-    for row in rows:
-        operands |= row.operands
-    locks = [scenario.holding(row.held, operands) for row in rows]
-    for lock in locks:
-        lock.__enter__()
-    try:
-        regs = scenario.machine.call(refusals.leaf, version=refusals.version, **operands)
-    finally:
-        for lock in reversed(locks):
-            lock.__exit__(None, None, None)
-    return status(regs.rax)
-
-
 @pytest.mark.parametrize("leaf", LEAVES, ids=lambda leaf: leaf.__name__)
 def test_each_refusal_has_its_status_and_leaves_no_trace(
     scenario: Scenario, leaf: Callable[[Scenario], Refusals]
 ) -> None:
-    refusals = leaf(scenario)
-    before = scenario.fingerprint()
-    for row in refusals.rows:
-        assert refuse(scenario, refusals, (row,)) == (row.want, row.detail), row.name
-        assert scenario.fingerprint() == before, row.name
-        assert scenario.nothing_held(), row.name
+    check_each(scenario, leaf(scenario))
 
 
 @pytest.mark.parametrize("leaf", LEAVES, ids=lambda leaf: leaf.__name__)
 def test_of_two_faults_the_first_in_order_is_reported(scenario: Scenario, leaf: Callable[[Scenario], Refusals]) -> None:
-    refusals = leaf(scenario)
-    before = scenario.fingerprint()
-    for first, second in combinations(refusals.rows, 2):
-        if first.operands.keys() & second.operands.keys() or (first.held and first.held == second.held):
-            continue
-        if second.held == "page:r8" and refusals.good["r8"] in first.operands.values():
-            continue  # the lock would be met earlier, under another name
-        assert refuse(scenario, refusals, (first, second)) == (first.want, first.detail), f"{first}, {second}"
-    assert scenario.fingerprint() == before
-    assert scenario.nothing_held()
+    check_order(scenario, leaf(scenario))
 
 
 @pytest.mark.parametrize("leaf", [Leaf.MEM_SEPT_ADD, Leaf.MEM_SEPT_REMOVE, Leaf.MEM_PAGE_PROMOTE])

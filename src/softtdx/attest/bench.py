@@ -59,7 +59,7 @@ def bench_quote(calls: int = 1000) -> dict[str, float]:
 
 
 def bench_verify(calls: int = 300) -> dict[str, float]:
-    """Milliseconds a verification, in the same run: ours with its collateral remembered, ours with all anew, dcap-qvl's.
+    """Milliseconds a verification, in the same run: ours with and without memory of its collateral, dcap-qvl's.
 
     `ratio` and `ratio_anew` are ours over dcap-qvl's.
     """

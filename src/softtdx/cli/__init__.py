@@ -26,6 +26,7 @@ _MODULES: dict[str, tuple[str, str]] = {
     "pki": ("attest", "Make the certificates of a simulated platform."),
     "pcs": ("attest", "Serve collateral over HTTP, as Intel's PCCS does."),
     "qgs": ("attest", "Serve quotes, as the quote generation service does."),
+    "guest-api": ("guest_api", "Offer a TD's tsm and tdx_guest interfaces to programs outside a TD."),
     "quote": ("attest", "Take a quote."),
     "verify": ("attest", "Verify a quote and explain the verdict."),
     "inspect": ("attest", "Decode a quote, TDREPORT or event log."),

@@ -33,7 +33,15 @@ from softtdx.hw.description import PlatformDescription, preset, preset_names
 from softtdx.hw.seamops import RandomSource, SeamOpsEngine, SeamOpsStatus
 from softtdx.seamldr.release import SEAM_SVN
 
-__all__ = ["COMMANDS"]
+__all__ = [
+    "COMMANDS",
+    "load_description",
+    "need_pki",
+    "pki_option",
+    "platform_option",
+    "platform_tcb",
+    "report_engine",
+]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _MAX_FILE = 64 << 20
@@ -45,14 +53,15 @@ def _json_option(function: _F) -> _F:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(function)
 
 
-def _platform_option(function: _F) -> _F:
+def platform_option(function: _F) -> _F:
+    """`--platform`, for commands that act for a simulated platform."""
     return click.option(
         "--platform", "platform_name", default="spr", show_default=True, help="Preset or description (TOML)."
     )(function)
 
 
 _PKI_ENV = "SOFTTDX_PKI"
-_pki_option = click.option(
+pki_option = click.option(
     "--pki", "pki_dir", envvar=_PKI_ENV, type=click.Path(path_type=Path), help="PKI directory (or SOFTTDX_PKI)."
 )
 
@@ -75,7 +84,8 @@ def _write(path: Path, data: bytes) -> None:
         raise MalformedError(f"{path} cannot be written: {error.strerror}") from None
 
 
-def _description(name: str) -> PlatformDescription:
+def load_description(name: str) -> PlatformDescription:
+    """A preset, or a description in a TOML file."""
     return preset(name) if name in preset_names() else PlatformDescription.from_toml(name)
 
 
@@ -84,11 +94,15 @@ def platform_tcb(description: PlatformDescription) -> PlatformTcb:
     return PlatformTcb(cpu_svn=description.cpu_svn, tee_tcb_svn=bytes(SEAM_SVN).ljust(16, b"\0"))
 
 
-def report_verifier(description: PlatformDescription) -> Callable[[bytes], bool]:
-    """What knows the MACs of that platform: its report key follows from its seed."""
-    entropy = RandomSource(description.seed, "report verification")
+def report_engine(description: PlatformDescription) -> SeamOpsEngine:
+    """What makes and knows the MACs of that platform: its report key follows from its seed."""
     key = RandomSource(description.seed, "report key").bytes(32)
-    engine = SeamOpsEngine(key, description.cpu_svn, entropy)
+    return SeamOpsEngine(key, description.cpu_svn, RandomSource(description.seed, "attestation commands"))
+
+
+def report_verifier(description: PlatformDescription) -> Callable[[bytes], bool]:
+    """Whether a REPORTMACSTRUCT was made on that platform."""
+    engine = report_engine(description)
     return lambda head: engine.verify(head) is SeamOpsStatus.SUCCESS
 
 
@@ -143,8 +157,9 @@ def pki() -> None:
 
 @pki.command("init")
 @click.argument("directory", type=click.Path(path_type=Path))
-@click.option("--seed", type=int, help="The same seed gives the same PKI to the byte; without one it is random.")
-@_platform_option
+@click.option("--seed", type=int, help="The same seed gives the same PKI to the byte. [default: the platform's]")
+@click.option("--random", "at_random", is_flag=True, help="Keys that nobody can make again.")
+@platform_option
 @click.option("--ca", type=click.Choice(["platform", "processor"]), default="platform", show_default=True)
 @click.option("--tcb-status", default="UpToDate", show_default=True, help="What TCB info says of the platform.")
 @click.option("--module-status", default="UpToDate", show_default=True, help="UpToDate, OutOfDate or Revoked.")
@@ -156,12 +171,25 @@ def pki() -> None:
 @click.option("--pcs-url", default=PkiOptions.pcs_url, show_default=True, help="Where certificates say CRLs are.")
 @click.option("--replace", is_flag=True, help="Replace a PKI that is there.")
 def pki_init(
-    directory: Path, seed: int | None, platform_name: str, ca: str, pcs_url: str, replace: bool, **verdict: Any
+    directory: Path,
+    seed: int | None,
+    at_random: bool,
+    platform_name: str,
+    ca: str,
+    pcs_url: str,
+    replace: bool,
+    **verdict: Any,
 ) -> None:
-    """Make a PKI in DIRECTORY: root, PCK CAs, PCK certificate, CRLs, TCB info, QE identity, keys (mode 0600)."""
+    """Make a PKI in DIRECTORY: root, PCK CAs, PCK certificate, CRLs, TCB info, QE identity, keys (mode 0600).
+
+    Unless told otherwise it is the platform's own: the one that `softtdx run` and `softtdx demo` quote under.
+    """
+    description = load_description(platform_name)
+    if seed is None and not at_random:
+        seed = description.seed
     made = Pki.create(
         seed,
-        tcb=platform_tcb(_description(platform_name)),
+        tcb=platform_tcb(description),
         ca=ca,
         pcs_url=pcs_url,
         vary=_variation(verdict),
@@ -213,7 +241,8 @@ def pki_show(directory: Path, as_json: bool) -> None:
     )
 
 
-def _need_pki(directory: Path | None) -> Pki:
+def need_pki(directory: Path | None) -> Pki:
+    """The PKI that `--pki` names."""
     if directory is None:
         raise CollateralError("which PKI? Give --pki DIR (make one with `softtdx pki init DIR`) or set SOFTTDX_PKI")
     return load_pki(directory)
@@ -225,14 +254,14 @@ def pcs() -> None:
 
 
 @pcs.command("serve")
-@_pki_option
+@pki_option
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", default=8081, show_default=True, type=click.IntRange(0, 65535))
 def pcs_serve(pki_dir: Path | None, host: str, port: int) -> None:
     """Serve the PKI's collateral until interrupted."""
     from softtdx.attest.pcs import PcsListener  # the web server is for this command only
 
-    listener = PcsListener(_need_pki(pki_dir), host, port)
+    listener = PcsListener(need_pki(pki_dir), host, port)
     click.echo(f"PCS at {listener.url}/sgx/certification/v4/ and /tdx/certification/v4/")
     listener.serve_forever()
 
@@ -243,14 +272,14 @@ def qgs() -> None:
 
 
 @qgs.command("serve")
-@_pki_option
-@_platform_option
+@pki_option
+@platform_option
 @click.option("--listen", default="127.0.0.1:4050", show_default=True, help="unix:PATH, or HOST:PORT.")
 def qgs_serve(pki_dir: Path | None, platform_name: str, listen: str) -> None:
     """Turn TDREPORTs of the platform into quotes until interrupted."""
     from softtdx.attest.qgs import QgsListener, parse_address  # for this command only
 
-    enclave = QuotingEnclave(_need_pki(pki_dir), report_verifier(_description(platform_name)))
+    enclave = QuotingEnclave(need_pki(pki_dir), report_verifier(load_description(platform_name)))
     listener = QgsListener(enclave, parse_address(listen))
     click.echo(f"QGS at {listen if listen.startswith('unix:') else listener.address}")
     try:
@@ -261,10 +290,10 @@ def qgs_serve(pki_dir: Path | None, platform_name: str, listen: str) -> None:
 
 @click.command()
 @click.option("--report", "report_path", type=click.Path(path_type=Path), required=True, help="A TDREPORT.")
-@_pki_option
-@_platform_option
+@pki_option
+@platform_option
 @click.option("--qgs", "qgs_address", help="Ask this quote generation service instead of quoting here.")
-@click.option("--version", type=click.Choice(["4", "5"]), default="4", show_default=True)
+@click.option("--version", type=click.Choice(["4", "5"]), help="[default: what such a report gets]")
 @click.option("--body-type", type=click.Choice(["2", "3", "4"]), help="Of a version 5 quote: TDX 1.0, 1.5, 1.5 ex.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True)
 def quote(
@@ -272,7 +301,7 @@ def quote(
     pki_dir: Path | None,
     platform_name: str,
     qgs_address: str | None,
-    version: str,
+    version: str | None,
     body_type: str | None,
     output: Path,
 ) -> None:
@@ -283,15 +312,19 @@ def quote(
 
         data = QgsClient(parse_address(qgs_address)).quote(report)
     else:
-        enclave = QuotingEnclave(_need_pki(pki_dir), report_verifier(_description(platform_name)))
-        data = enclave.quote(report, version=int(version), body_type=int(body_type) if body_type else None)
+        enclave = QuotingEnclave(need_pki(pki_dir), report_verifier(load_description(platform_name)))
+        data = enclave.quote(report, version=_int(version), body_type=_int(body_type))
     _write(output, data)
     click.echo(f"{output}: {len(data)} bytes")
 
 
+def _int(text: str | None) -> int | None:
+    return None if text is None else int(text)
+
+
 @click.command()
 @click.argument("quote_path", metavar="QUOTE", type=click.Path(path_type=Path))
-@_pki_option
+@pki_option
 @click.option("--collateral", "collateral_path", type=click.Path(path_type=Path), help="Collateral (JSON).")
 @click.option("--pcs", "pcs_url", help="Fetch the collateral from this PCS or PCCS.")
 @click.option("--root", "root_path", type=click.Path(path_type=Path), help="Trusted root certificate (PEM or DER).")

@@ -8,6 +8,7 @@ page is reclaimed, the TDR last.
 import errno
 from collections.abc import Callable
 from enum import Enum
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from softtdx.abi.fields import table
@@ -234,6 +235,11 @@ class TdxVm(VmOps):
             except KvmError:
                 self.vm.mark_dead()
                 raise
+
+    @cached_property
+    def tsc(self) -> tuple[int, int]:
+        """TSC_OFFSET and TSC_MULTIPLIER (48 fraction bits) of the TD."""
+        return self.read_td_field("TSC_OFFSET"), self.read_td_field("TSC_MULTIPLIER")
 
     def read_td_field(self, name: str, index: int = 0) -> int:
         """A TD-scope metadata field by name (TDH.MNG.RD)."""

@@ -9,6 +9,7 @@ from softtdx.abi.kvm import MEMORY_ATTRIBUTE_PRIVATE, KvmCap, MemorySlotFlag
 from softtdx.kvm.ept import Ept
 from softtdx.kvm.errors import KvmError
 from softtdx.kvm.guest_memfd import GuestMemfd
+from softtdx.kvm.lapic import deliver_msi
 from softtdx.kvm.memory import PAGE
 from softtdx.kvm.memslots import Memslot, Memslots, PrivateRanges
 from softtdx.kvm.vcpu import Vcpu
@@ -39,6 +40,8 @@ class Vm:
         self.stats: Counter[str] = Counter()
         self.dead = False
         self.closed = False
+        self.irqchip = False
+        self.idle_in_real_time = False
         self.ept: Ept | None = None
         self.ops = choose(self)
 
@@ -120,6 +123,20 @@ class Vm:
                     self.ops.zap_private(start, end)
             self.stats["conversions"] += 1
 
+    # --- interrupts
+    def create_irqchip(self) -> None:
+        """KVM_CAP_SPLIT_IRQCHIP: vCPUs get local APICs, and HLT waits in the kernel. EEXIST once vCPUs exist."""
+        self._alive()
+        if self.vcpus:
+            raise KvmError(errno.EEXIST, "KVM_CAP_SPLIT_IRQCHIP after the first vCPU")
+        self.irqchip = True
+
+    def signal_msi(self, address: int, data: int) -> bool:
+        """KVM_SIGNAL_MSI; False when no local APIC took it. EINVAL without local APICs."""
+        if not self.irqchip:
+            raise KvmError(errno.EINVAL, "KVM_SIGNAL_MSI without local APICs")
+        return deliver_msi([vcpu.apic for vcpu in list(self.vcpus.values()) if vcpu.apic is not None], address, data)
+
     # --- vCPUs
     def create_vcpu(self, vcpu_id: int) -> Vcpu:
         """KVM_CREATE_VCPU. EEXIST for an id in use, EINVAL for one out of range."""
@@ -162,6 +179,8 @@ class Vm:
         self.ops.release()
         for vcpu in self.vcpus.values():
             vcpu.ops.free()
+            if vcpu.apic is not None:
+                vcpu.apic.free()
         self.vcpus.clear()
         with self.mmu_lock:
             for slot in list(self.memslots):

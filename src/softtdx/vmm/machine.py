@@ -23,7 +23,7 @@ from softtdx.abi.structs import Attributes
 from softtdx.abi.vmcs import AR_CODE32, AR_DATA32
 from softtdx.attest.getquote import GetQuote
 from softtdx.kvm import Host, Kvm, KvmError, Vcpu
-from softtdx.kvm.uapi import KvmRun, Regs, Segment, Sregs, TdxCapabilities, TdxInitMemRegion, TdxInitVm
+from softtdx.kvm.uapi import CpuidEntry, KvmRun, Regs, Segment, Sregs, TdxCapabilities, TdxInitMemRegion, TdxInitVm
 from softtdx.vmm.devices import PortBus
 from softtdx.vmm.errors import MachineError
 from softtdx.vmm.hypercalls import HypercallServices
@@ -178,7 +178,7 @@ class Machine:
     def _add_vcpu(self, vcpu_id: int) -> None:
         vcpu = self.vm.create_vcpu(vcpu_id)
         self.vcpus.append(vcpu)
-        vcpu.set_cpuid2(self.kvm.get_supported_cpuid())
+        vcpu.set_cpuid2(self._cpuid(vcpu_id))
         if not self.config.vm:
             vcpu.memory_encrypt_op(TdxCommand.INIT_VCPU, 0)
             return
@@ -186,6 +186,11 @@ class Machine:
         code = Segment(0x08, 0, 0xFFFF_FFFF, AR_CODE32)
         vcpu.set_sregs(Sregs(cs=code, ds=flat, es=flat, fs=flat, gs=flat, ss=flat, cr0=_CR0_PE_NE))
         vcpu.set_regs(Regs((0, 0, 0, 48, 0, 0, vcpu_id) + (0,) * 9, _RESET_VECTOR))
+
+    def _cpuid(self, vcpu_id: int) -> list[CpuidEntry]:
+        """What KVM answers to CPUID on a vCPU."""
+        del vcpu_id
+        return self.kvm.get_supported_cpuid()
 
     def _place(self, gpa: int, data: bytes) -> None:
         """Initial contents: written by the VMM, or for a TD added and measured from a copy that is dropped after."""
@@ -253,7 +258,7 @@ class Machine:
                 thread.join(0.01)
 
     def _instructions(self) -> int:
-        return sum(lp.core.counters()["instructions"] for lp in self.host.platform.lps)
+        return sum(vcpu.instructions for vcpu in self.vcpus)
 
     def _run_vcpu(self, vcpu: Vcpu) -> None:
         try:

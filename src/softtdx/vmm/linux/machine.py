@@ -1,26 +1,61 @@
 """The machine that boots Linux: firmware, boot window, interrupt controllers and PCI devices around KVM."""
 
+import time
 from collections.abc import Callable
+from enum import IntEnum
 
 from softtdx._silicon import PAYLOADS
 from softtdx.abi.kvm import KvmExit, TdxCommand
 from softtdx.kvm import Host, KvmError, Vcpu
-from softtdx.kvm.uapi import IoExit, KvmRun
+from softtdx.kvm.uapi import CpuidEntry, IoExit, KvmRun
 from softtdx.vmm.errors import MachineError
 from softtdx.vmm.linux.acpi import RESET_PORT, RESET_VALUE, SLEEP_CONTROL_PORT, SLEEP_TYPE_S5
 from softtdx.vmm.linux.bzimage import BzImage
+from softtdx.vmm.linux.cpuid import guest_cpuid
 from softtdx.vmm.linux.layout import BOOT_WINDOW, FIRMWARE_BASE, MemoryMap
 from softtdx.vmm.linux.window import build_window
-from softtdx.vmm.machine import Machine, MachineConfig
+from softtdx.vmm.machine import End, Machine, MachineConfig, MachineResult
 from softtdx.vmm.quoting import QuotingService
+from softtdx.vmm.rtc import INDEX_PORT, CmosClock
 
-__all__ = ["LinuxMachine"]
+__all__ = ["LinuxMachine", "Stage"]
 
-PAGE = 4096
+_WINDOW_SLOT, _FIRMWARE_SLOT, _FIRST_RAM_SLOT = range(3)
+_STAGE_PORT = 0x80
+_PAUSE_PORT = 0x511
+_PAUSE = 0.002  # seconds that a read of the pause port takes
+_SLEEP_ENABLE = 1 << 5
+
+
+class Stage(IntEnum):
+    """How far a boot has come: the firmware's progress codes, then what the kernel does."""
+
+    OFF = 0
+    STARTED = 1
+    MEMORY = 2
+    MEASURED = 3
+    KERNEL = 4
+    DRIVERS = 5
+    CONSOLE = 6
 
 
 class LinuxMachine(Machine):
     """A Machine whose firmware boots a kernel instead of entering a payload."""
+
+    def __init__(
+        self,
+        host: Host,
+        config: MachineConfig | None = None,
+        *,
+        console: Callable[[bytes], None] | None = None,
+        quoting: QuotingService | None = None,
+    ) -> None:
+        """As Machine; `console` gets what the guest prints, on whichever console it does."""
+        super().__init__(host, config, console=console, quoting=quoting)
+        self.vm.create_irqchip()
+        self.stage = Stage.OFF
+        self._window_hva: int | None = None
+        self._clock = CmosClock()
 
     def load_kernel(self, kernel: BzImage, initrd: bytes, command_line: str) -> None:
         """Put firmware and boot window into memory and make the vCPUs. MachineError, PayloadError: they do not fit."""
@@ -29,12 +64,12 @@ class LinuxMachine(Machine):
         window = build_window(kernel, initrd, command_line, memory, config.vcpus, td=not config.vm)
         firmware = PAYLOADS["firmware"]
         try:
-            for slot, (base, size) in enumerate(memory.ranges(), 2):
+            for slot, (base, size) in enumerate(memory.ranges(), _FIRST_RAM_SLOT):
                 self._add_memory(slot, base, size)
-            self._add_memory(1, FIRMWARE_BASE, len(firmware))
-            hva = self.kvm.mm.mmap(len(window))
+            self._add_memory(_FIRMWARE_SLOT, FIRMWARE_BASE, len(firmware))
+            self._window_hva = hva = self.kvm.mm.mmap(len(window))
             self.kvm.mm.write(hva, window)
-            self.vm.set_user_memory_region2(0, BOOT_WINDOW, len(window), hva)
+            self.vm.set_user_memory_region2(_WINDOW_SLOT, BOOT_WINDOW, len(window), hva)
             for vcpu_id in range(config.vcpus):
                 self._add_vcpu(vcpu_id)
             self._place(FIRMWARE_BASE, firmware)
@@ -42,3 +77,46 @@ class LinuxMachine(Machine):
                 self.vm.memory_encrypt_op(TdxCommand.FINALIZE_VM)
         except KvmError as error:
             raise MachineError(f"the machine cannot be built: {error.strerror}") from error
+
+    def _cpuid(self, vcpu_id: int) -> list[CpuidEntry]:
+        tsc_hz = self.host.platform.description.tsc_hz
+        return guest_cpuid(self.kvm.get_supported_cpuid(), vcpu_id, self.config.vcpus, tsc_hz)
+
+    # --- what the guest does
+    def _handle(self, vcpu: Vcpu, run: KvmRun) -> None:
+        if run.exit_reason is KvmExit.IO and run.io is not None and self._port(run.io):
+            return
+        super()._handle(vcpu, run)
+
+    def _port(self, io: IoExit) -> bool:
+        """The ports of this kind of machine; False for others."""
+        if io.port == _STAGE_PORT:
+            if io.write:
+                self._firmware_stage(io.value)
+        elif io.port == _PAUSE_PORT:
+            time.sleep(_PAUSE)
+            io.value = 0
+        elif io.port in (INDEX_PORT, INDEX_PORT + 1):
+            if io.write:
+                self._clock.write(io.port, io.value & 0xFF)
+            else:
+                io.value = self._clock.read(io.port)
+        elif io.port == SLEEP_CONTROL_PORT and io.write:
+            if io.value & _SLEEP_ENABLE and io.value >> 2 & 7 == SLEEP_TYPE_S5:
+                self._finish(MachineResult(End.EXIT, self.exit_status, ""))
+        elif io.port == RESET_PORT and io.write and io.value == RESET_VALUE:
+            self._finish(MachineResult(End.EXIT, self.exit_status, "the guest asked for a reset"))
+        else:
+            return False
+        return True
+
+    exit_status = 0
+
+    def _firmware_stage(self, code: int) -> None:
+        if self.stage < code <= Stage.KERNEL:
+            self.stage = Stage(code)
+        if code == Stage.KERNEL and self._window_hva is not None:
+            # Kernel and initrd have been taken; the window is of no more use.
+            hva, self._window_hva = self._window_hva, None
+            self.vm.set_user_memory_region2(_WINDOW_SLOT, BOOT_WINDOW, 0, hva)
+            self.kvm.mm.munmap(hva)
