@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 import time
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
@@ -25,6 +26,7 @@ from softtdx.attest import (
     verify_with_dcap_qvl,
 )
 from softtdx.attest.errors import CollateralError, MalformedError
+from softtdx.attest.measure import LinuxBoot
 from softtdx.attest.pki import EXPIRABLE, REVOCABLE
 from softtdx.attest.store import load_pki, save_pki
 from softtdx.cli.console import SIZE
@@ -47,6 +49,7 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 _MAX_FILE = 64 << 20
 _EXIT_REJECTED = 1
 _NOT_SHOWN = 160
+_WINDOW_FORM = "<13Q"  # magic, version, memory low and high, vCPUs, then (offset, size) of the four parts
 
 
 def _json_option(function: _F) -> _F:
@@ -475,17 +478,46 @@ def measure() -> None:
 
 
 @measure.command("linux")
-@click.option("--kernel", type=click.Path(path_type=Path), required=True)
-@click.option("--append", "command_line", default="", help="The kernel command line.")
+@click.option("--kernel", "kernel_path", type=click.Path(), required=True, help="The kernel (bzImage).")
+@click.option("--append", "command_line", default="", help="The kernel command line, whole.")
 @click.option("--initrd", type=click.Path(path_type=Path))
+@click.option("--memory", type=SIZE, default="512M", show_default=True, help="Guest memory of the boot.")
+@click.option("--vcpus", type=int, default=1, show_default=True)
+@click.option("--log", "log_path", type=click.Path(path_type=Path), help="Write the event log that will be there.")
 @_json_option
-def measure_linux(kernel: Path, command_line: str, initrd: Path | None, as_json: bool) -> None:
-    """RTMR1 and RTMR2 of a Linux boot through the TD firmware."""
-    from softtdx.attest.measure import LinuxBoot, linux_boot_log  # for this command only
+def measure_linux(
+    kernel_path: str,
+    command_line: str,
+    initrd: Path | None,
+    memory: int,
+    vcpus: int,
+    log_path: Path | None,
+    as_json: bool,
+) -> None:
+    """MRTD and RTMRs of a TD that boots this Linux through the TD firmware."""
+    from softtdx._silicon import PAYLOADS  # all of this is for this command only
+    from softtdx.attest.measure import Region, linux_boot_log, mrtd_of
+    from softtdx.vmm.linux.bzimage import load_bzimage
+    from softtdx.vmm.linux.layout import FIRMWARE_BASE, MemoryMap
+    from softtdx.vmm.linux.window import build_window
 
-    log = linux_boot_log(LinuxBoot(_read(kernel), command_line, _read(initrd) if initrd else b""))
-    rtmrs = log.rtmrs()
-    _show({"rtmr1": rtmrs[1].hex(), "rtmr2": rtmrs[2].hex()}, as_json)
+    kernel, ramdisk = load_bzimage(kernel_path), _read(initrd) if initrd else b""
+    window = build_window(kernel, ramdisk, command_line, MemoryMap.of(memory), vcpus, td=True)
+    log = linux_boot_log(boot_of_window(window))
+    if log_path is not None:
+        _write(log_path, log.to_bytes())
+    values = {"mrtd": mrtd_of([Region(FIRMWARE_BASE, PAYLOADS["firmware"])])}
+    values |= {f"rtmr{number}": value for number, value in enumerate(log.rtmrs())}
+    _show({name: value.hex() for name, value in values.items()}, as_json)
+
+
+def boot_of_window(window: bytes) -> LinuxBoot:
+    """What the firmware will measure of a boot window (native/guests/firmware.h, struct boot_window)."""
+    fields = struct.unpack_from(_WINDOW_FORM, window)
+    parts = [window[at : at + size] for at, size in zip(fields[5::2], fields[6::2], strict=True)]
+    kernel, initrd, command_line, acpi = parts
+    header = window[: struct.calcsize(_WINDOW_FORM)]
+    return LinuxBoot(kernel, command_line.decode("ascii"), initrd, header, acpi)
 
 
 @measure.command("payload")
