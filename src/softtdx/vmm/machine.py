@@ -108,6 +108,7 @@ class Machine:
         self._ending: MachineResult | None = None
         self._idle: set[int] = set()
         self._wakes = 0
+        self._woken: dict[int, int] = {}
         self._ports = PortBus(self._output, self._exit, self._park, self._wake)
         self.kvm = Kvm(host)
         try:
@@ -307,9 +308,9 @@ class Machine:
         self._finish(MachineResult(End.EXIT, status, "" if status == 0 else f"the guest ended with status {status}"))
 
     def _park(self, vcpu: int) -> None:
-        with self._lock:
-            seen = self._wakes
-        self._wait(vcpu, lambda: self._wakes != seen)
+        # A wake-up that came before the vCPU parked counts, so that none is lost.
+        self._wait(vcpu, lambda: self._wakes != self._woken.get(vcpu, 0))
+        self._woken[vcpu] = self._wakes
 
     def _wake(self) -> None:
         with self._lock:
@@ -319,6 +320,8 @@ class Machine:
     def _wait(self, vcpu: int, awake: Callable[[], bool]) -> None:
         """The vCPU sleeps until `awake`; when all sleep and nothing is left to wake one, the machine has halted."""
         with self._lock:
+            if awake():
+                return
             self._idle.add(vcpu)
             if len(self._idle) == len(self.vcpus):
                 self._finish(MachineResult(End.HALTED))
