@@ -279,7 +279,7 @@ class Machine:
         elif reason is KvmExit.HYPERCALL and run.hypercall is not None:
             self._services.hypercall(run.hypercall)
         elif reason is KvmExit.TDX and run.tdx is not None:
-            self._services.tdx(run.tdx)
+            self._services.tdx(run.tdx, vcpu.vcpu_id)
         elif reason is KvmExit.HLT:
             self._wait(vcpu.vcpu_id, lambda: False)
         elif reason is KvmExit.MMIO and run.mmio is not None:
