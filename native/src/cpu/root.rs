@@ -121,6 +121,7 @@ impl Cpu {
         if !(1..=2).contains(&kind) {
             return Err(self.vm_fail(error::INVEPT_OPERAND));
         }
+        self.ept.clear();
         self.flush_tlb();
         Ok(())
     }
