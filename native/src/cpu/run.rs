@@ -58,7 +58,7 @@ impl Cpu {
     fn run_loop(&mut self, cache: &mut Cache) -> Outcome {
         // The block just executed, and the side it was left by.
         let mut left: Option<(u32, usize, u64)> = None;
-        loop {
+        'blocks: loop {
             self.poll();
             if self.attention
                 || self.icount >= self.icount_stop
@@ -95,13 +95,14 @@ impl Cpu {
                     index
                 }
             };
-            if !cache.fresh(index, &self.mem) && !cache.refresh(index, self) {
+            // A block found in place of a stale one may be stale itself.
+            while !cache.fresh(index, &self.mem) && !cache.refresh(index, self) {
                 self.code_space += 1;
                 left = None;
                 match self.find_block(cache) {
                     Some(found) => index = found,
                     None => match self.stopped() {
-                        Next::Go => continue,
+                        Next::Go => continue 'blocks,
                         Next::Leave(outcome) => return outcome,
                     },
                 }
