@@ -2,11 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from softtdx.abi.msrs import Msr
 
 from ..context import Call
+
+if TYPE_CHECKING:
+    from .resident import Resident
 
 __all__ = ["LpState", "lp_state"]
 
@@ -16,9 +19,9 @@ REVISION_MASK: Final = 0x7FFF_FFFF
 
 
 class LpState:
-    """Per-LP data: `last_tdvpr` is the vCPU that ran here last, 0 for none."""
+    """Per-LP data: `last_tdvpr` is the vCPU that ran here last, 0 for none; `residents` those known here."""
 
-    __slots__ = ("_cpu", "_host_vmcs", "_seam_vmcs", "last_tdvpr")
+    __slots__ = ("_cpu", "_host_vmcs", "_seam_vmcs", "last_tdvpr", "residents")
 
     def __init__(self, call: Call) -> None:
         """A processor on which no vCPU has run."""
@@ -27,6 +30,7 @@ class LpState:
         self._host_vmcs = NO_VMCS
         self._seam_vmcs = call.g.seamrr[0] + PAGE * (cpu.apic_id + 1)
         self.last_tdvpr = 0
+        self.residents: dict[int, Resident] = {}  # by TDVPR
         revision = call.g.platform.msrs[Msr.VMX_BASIC] & REVISION_MASK
         if cpu.rd32(self._seam_vmcs) != revision:
             cpu.wr32(self._seam_vmcs, revision)
