@@ -139,6 +139,13 @@ def test_every_verdict_can_be_set_up_by_a_flag(tmp_path: Path, workplace: Path, 
     assert verdict in result.output.splitlines()[-1]
 
 
+def test_a_new_td_is_quoted_with_the_report_data_asked_for(tmp_path: Path) -> None:
+    ok("quote", "--report-data", "c0ffee", "-o", tmp_path / "quote.dat")
+    ok("pki", "init", tmp_path / "pki")
+    output = ok("verify", tmp_path / "quote.dat", "--pki", tmp_path / "pki", "--report-data", "c0ffee")
+    assert output.splitlines()[-1] == "accepted: UpToDate"
+
+
 def test_a_random_pki_is_like_no_other(tmp_path: Path) -> None:
     for name in ("a", "b"):
         ok("pki", "init", tmp_path / name, "--random")
@@ -159,7 +166,9 @@ def test_what_is_missing_or_wrong_is_said_in_one_line(workplace: Path, tmp_path:
         "quote", "--report", _damaged(workplace, tmp_path), "--pki", pki, "-o", tmp_path / "q"
     )
     assert "cannot be written" in error("quote", "--report", workplace / "report.dat", "--pki", pki, "-o", tmp_path)
-    assert "which PKI" in error("quote", "--report", workplace / "report.dat", "-o", tmp_path / "q")
+    assert "--report-data HEX" in error("quote", "-o", tmp_path / "q")
+    assert "at most 64" in error("quote", "--report-data", "00" * 65, "-o", tmp_path / "q")
+    assert "which PKI" in error("qgs", "serve")
     assert "hexadecimal" in error("measure", "rtmr", "zz")
     assert "no answer" in error("quote", "--report", workplace / "report.dat", "--qgs", "1", "-o", tmp_path / "q")
 
@@ -284,14 +293,17 @@ def test_the_quote_that_a_td_asked_for_verifies_under_its_platforms_pki(tmp_path
     assert found["quote"]["body"]["rtmr3"] != "00" * 48  # the demo extends it
 
 
-@pytest.mark.parametrize("service", ["qgs", "pcs"])
+SAYS = {"qgs": "QGS at", "pcs": "PCS at", "guest-api": "guest API at"}
+
+
+@pytest.mark.parametrize("service", ["qgs", "pcs", "guest-api"])
 def test_a_service_runs_until_interrupted(tmp_path: Path, workplace: Path, report: bytes, service: str) -> None:
     where = ["--listen", f"unix:{tmp_path / 'qgs.socket'}"] if service == "qgs" else ["--port", "0"]
     command = [sys.executable, "-c", "from softtdx.cli import main; main()", service, "serve", "--pki"]
     process = subprocess.Popen([*command, str(workplace / "pki"), *where], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
-        assert service.upper() in process.stdout.readline()
+        assert SAYS[service] in process.stdout.readline()
         if service == "qgs":
             assert QgsClient(tmp_path / "qgs.socket").quote(report)
         time.sleep(0.2)

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import click
 
+from softtdx.abi.structs import REPORTDATA_SIZE
 from softtdx.attest import (
     Collateral,
     Pki,
@@ -40,6 +41,7 @@ __all__ = [
     "need_pki",
     "pki_option",
     "platform_option",
+    "platform_pki",
     "platform_tcb",
     "report_engine",
 ]
@@ -235,33 +237,49 @@ def qgs_serve(pki_dir: Path | None, platform_name: str, listen: str) -> None:
 
 
 @click.command()
-@click.option("--report", "report_path", type=click.Path(path_type=Path), required=True, help="A TDREPORT.")
+@click.option("--report", "report_path", type=click.Path(path_type=Path), help="A TDREPORT of the platform.")
+@click.option("--report-data", help="Build a TD, and quote it with this report data (hex, up to 64 bytes).")
 @pki_option
 @platform_option
 @click.option("--qgs", "qgs_address", help="Ask this quote generation service instead of quoting here.")
 @click.option("--version", type=click.Choice(["4", "5"]), help="[default: what such a report gets]")
 @click.option("--body-type", type=click.Choice(["2", "3", "4"]), help="Of a version 5 quote: TDX 1.0, 1.5, 1.5 ex.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True)
-def quote(
-    report_path: Path,
-    pki_dir: Path | None,
-    platform_name: str,
-    qgs_address: str | None,
-    version: str | None,
-    body_type: str | None,
-    output: Path,
-) -> None:
-    """Make a quote of a TDREPORT taken on the platform."""
-    report = read_file(report_path)
-    if qgs_address is not None:
+def quote(report_path: Path | None, report_data: str | None, output: Path, **given: Any) -> None:
+    """Make a quote: of a TDREPORT taken on the platform, or of a TD that is built, run and asked for its report.
+
+    Without --pki the platform's own PKI is used (`softtdx pki init` writes it).
+    """
+    if (report_path is None) == (report_data is None):
+        raise MalformedError("give --report FILE to quote a TDREPORT, or --report-data HEX to quote a new TD")
+    description = load_description(given["platform_name"])
+    report = read_file(report_path) if report_path else _report_of_new_td(description, str(report_data))
+    if given["qgs_address"] is not None:
         from softtdx.attest.qgs import QgsClient, parse_address  # for this option only
 
-        data = QgsClient(parse_address(qgs_address)).quote(report)
+        data = QgsClient(parse_address(given["qgs_address"])).quote(report)
     else:
-        enclave = QuotingEnclave(need_pki(pki_dir), report_verifier(load_description(platform_name)))
-        data = enclave.quote(report, version=_int(version), body_type=_int(body_type))
+        pki = platform_pki(description) if given["pki_dir"] is None else load_pki(given["pki_dir"])
+        enclave = QuotingEnclave(pki, report_verifier(description))
+        data = enclave.quote(report, version=_int(given["version"]), body_type=_int(given["body_type"]))
     write_file(output, data)
     click.echo(f"{output}: {len(data)} bytes")
+
+
+def _report_of_new_td(description: PlatformDescription, report_data: str) -> bytes:
+    from softtdx.vmm.attesting_td import AttestingTd  # building a TD is for this option only
+    from softtdx.vmm.boot import boot_host
+
+    data = hex_bytes(report_data, "report data")
+    if len(data) > REPORTDATA_SIZE:
+        raise MalformedError(f"report data is at most {REPORTDATA_SIZE} bytes, this is {len(data)}")
+    with AttestingTd(boot_host(description)) as td:
+        return td.report(data.ljust(REPORTDATA_SIZE, b"\0"))
+
+
+def platform_pki(description: PlatformDescription) -> Pki:
+    """The platform's own PKI: what `softtdx run` and `softtdx demo` quote under."""
+    return Pki.create(description.seed, tcb=platform_tcb(description))
 
 
 def _int(text: str | None) -> int | None:
