@@ -4,12 +4,15 @@ import shutil
 import subprocess
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
 from softtdx._silicon import PAYLOADS
 from softtdx.attest.dcap import verify_with_dcap_qvl
+from softtdx.hw import preset
 from softtdx.vmm import End, Machine, MachineConfig, MachineError, parse_payload
+from softtdx.vmm.boot import boot_host
 from softtdx.vmm.quoting import QuotingService
 
 MIB = 1 << 20
@@ -174,3 +177,17 @@ def test_impossible_machines_are_refused():
     for options in ({"vcpus": 0}, {"vcpus": 65}, {"memory": 4096}):
         with pytest.raises(MachineError):
             MachineConfig(**options)
+
+
+def test_a_seed_and_one_processor_give_the_same_run_twice():
+    description = replace(preset("spr"), lps=1, seed=3)
+    runs = []
+    for _ in range(2):
+        host = boot_host(description)
+        quoting = QuotingService(host.platform)
+        with Machine(host, MachineConfig(memory=4 * MIB), quoting=quoting) as machine:
+            machine.load(parse_payload(PAYLOADS["demo"], "demo"))
+            result = machine.run()
+        assert result.ok
+        runs.append((result.instructions, result.mrtd, result.console, quoting.last_report, result.stats))
+    assert runs[0] == runs[1]

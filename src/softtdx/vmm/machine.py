@@ -155,6 +155,12 @@ class Machine:
 
     def load_contents(self, contents: list[tuple[int, bytes]]) -> None:
         """The same with any initial memory: (GPA, whole pages), the firmware below 4 GiB first."""
+        free = self.host.memory.free_pages * PAGE
+        if self.config.memory > free:
+            raise MachineError(
+                f"the machine is to have {self.config.memory >> 20} MiB of memory, the simulated host has {free >> 20} MiB "
+                "free; give --memory less, or --platform with more ram and cmrs"
+            )
         try:
             self._add_memory(0, 0, self.config.memory)
             self._add_memory(1, contents[0][0], len(contents[0][1]))
