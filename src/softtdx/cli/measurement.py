@@ -139,6 +139,27 @@ def measure_payload(payload: str, memory: int, vcpus: int, as_json: bool) -> Non
     show({"mrtd": mrtd_of(regions).hex()}, as_json)
 
 
+@measure.command("firmware")
+@click.argument("image", type=click.Path(path_type=Path))
+@json_option
+def measure_firmware(image: Path, as_json: bool) -> None:
+    """The MRTD of a TD built of IMAGE, an OVMF with TDX metadata, and its sections."""
+    from softtdx.attest.tdvf import SectionAttribute, SectionType, mrtd_of_firmware, sections
+
+    data = read_file(image)
+    known = set(SectionType)
+    rows = [
+        {
+            "type": SectionType(section.type).name if section.type in known else str(section.type),
+            "gpa": hex(section.gpa),
+            "size": hex(section.memory_size),
+            "measured": bool(section.attributes & SectionAttribute.MR_EXTEND),
+        }
+        for section in sections(data)
+    ]
+    show({"mrtd": mrtd_of_firmware(data).hex(), "sections": rows}, as_json)
+
+
 @measure.command("rtmr")
 @click.argument("digests", nargs=-1)
 @json_option
