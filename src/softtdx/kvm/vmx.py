@@ -20,8 +20,8 @@ from softtdx.kvm import emulate
 from softtdx.kvm.ept import Ept
 from softtdx.kvm.errors import KvmError
 from softtdx.kvm.lapic import NOTIFICATION_VECTOR
-from softtdx.kvm.mmio import MAX_INSTRUCTION, MmioInstruction, decode_mmio
 from softtdx.kvm.memory import PAGE
+from softtdx.kvm.mmio import MAX_INSTRUCTION, MmioInstruction, decode_mmio
 from softtdx.kvm.mmu import Fault, shared_fault, walk_guest
 from softtdx.kvm.uapi import IoExit, MmioExit, MsrExit, Regs, Segment, Sregs
 from softtdx.kvm.vcpu import Vcpu

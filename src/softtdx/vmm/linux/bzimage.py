@@ -64,7 +64,9 @@ def load_bzimage(path: str | Path) -> BzImage:
             raise PayloadError(f"the kernel {str(path)!r} is a folder; give a bzImage")
         size = file.stat().st_size
         if size > MAX_FILE:
-            raise PayloadError(f"the kernel {str(path)!r} has {size} bytes; more than {MAX_FILE >> 20} MiB is not taken")
+            raise PayloadError(
+                f"the kernel {str(path)!r} has {size} bytes; more than {MAX_FILE >> 20} MiB is not taken"
+            )
         data = file.read_bytes()
     except OSError as error:
         raise PayloadError(f"cannot read the kernel {str(path)!r}: {error.strerror}") from error

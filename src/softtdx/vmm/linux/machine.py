@@ -7,16 +7,20 @@ from enum import IntEnum
 from softtdx._silicon import PAYLOADS
 from softtdx.abi.kvm import KvmExit, TdxCommand
 from softtdx.kvm import Host, KvmError, Vcpu
-from softtdx.kvm.uapi import CpuidEntry, IoExit, KvmRun
+from softtdx.kvm.uapi import CpuidEntry, IoExit, KvmRun, MmioExit
 from softtdx.vmm.errors import MachineError
+from softtdx.vmm.hypercalls import GuestSharedMemory
 from softtdx.vmm.linux.acpi import RESET_PORT, RESET_VALUE, SLEEP_CONTROL_PORT, SLEEP_TYPE_S5
 from softtdx.vmm.linux.bzimage import BzImage
 from softtdx.vmm.linux.cpuid import guest_cpuid
-from softtdx.vmm.linux.layout import BOOT_WINDOW, FIRMWARE_BASE, MemoryMap
+from softtdx.vmm.linux.layout import BOOT_WINDOW, FIRMWARE_BASE, PCI_WINDOW, PCI_WINDOW_SIZE, MemoryMap
 from softtdx.vmm.linux.window import build_window
 from softtdx.vmm.machine import End, Machine, MachineConfig, MachineResult
+from softtdx.vmm.pci import ADDRESS_PORT, DATA_PORT, PciBus
 from softtdx.vmm.quoting import QuotingService
 from softtdx.vmm.rtc import INDEX_PORT, CmosClock
+from softtdx.vmm.virtio import VirtioConsole, VirtioPci
+from softtdx.vmm.virtio.device import VirtioDevice
 
 __all__ = ["LinuxMachine", "Stage"]
 
@@ -56,6 +60,13 @@ class LinuxMachine(Machine):
         self.stage = Stage.OFF
         self._window_hva: int | None = None
         self._clock = CmosClock()
+        self.pci = PciBus(PCI_WINDOW, PCI_WINDOW_SIZE)
+        self._shared = GuestSharedMemory(self.vm)
+        self.console = VirtioConsole(self._shared, self._print)
+        self._plug(self.console)
+
+    def _plug(self, device: VirtioDevice) -> None:
+        self.pci.add(VirtioPci(device, self.vm.signal_msi))
 
     def load_kernel(self, kernel: BzImage, initrd: bytes, command_line: str) -> None:
         """Put firmware and boot window into memory and make the vCPUs. MachineError, PayloadError: they do not fit."""
@@ -86,6 +97,9 @@ class LinuxMachine(Machine):
     def _handle(self, vcpu: Vcpu, run: KvmRun) -> None:
         if run.exit_reason is KvmExit.IO and run.io is not None and self._port(run.io):
             return
+        if run.exit_reason is KvmExit.MMIO and run.mmio is not None:
+            self._mmio(run.mmio)
+            return
         super()._handle(vcpu, run)
 
     def _port(self, io: IoExit) -> bool:
@@ -96,6 +110,11 @@ class LinuxMachine(Machine):
         elif io.port == _PAUSE_PORT:
             time.sleep(_PAUSE)
             io.value = 0
+        elif ADDRESS_PORT <= io.port < DATA_PORT + 4:
+            if io.write:
+                self.pci.write_port(io.port, io.value, io.size)
+            else:
+                io.value = self.pci.read_port(io.port, io.size)
         elif io.port in (INDEX_PORT, INDEX_PORT + 1):
             if io.write:
                 self._clock.write(io.port, io.value & 0xFF)
@@ -109,6 +128,19 @@ class LinuxMachine(Machine):
         else:
             return False
         return True
+
+    def _mmio(self, access: MmioExit) -> None:
+        """Loads and stores where there is no memory: a device's BAR, or nobody."""
+        if access.write:
+            self.pci.write_memory(access.gpa, access.value, access.size)
+        else:
+            value = self.pci.read_memory(access.gpa, access.size)
+            access.value = (1 << 8 * access.size) - 1 if value is None else value
+
+    def _print(self, data: bytes) -> None:
+        """Output of the virtio console."""
+        self.stage = Stage.CONSOLE
+        self._output(data)
 
     exit_status = 0
 
