@@ -115,7 +115,7 @@ class Machine:
         self.kvm = Kvm(host)
         try:
             self.vm = self.kvm.create_vm(KVM_X86_DEFAULT_VM if self.config.vm else KVM_X86_TDX_VM)
-            get_quote = GetQuote(quoting.quote) if quoting is not None else None
+            get_quote = GetQuote(quoting.quote, threaded=quoting.asynchronous) if quoting is not None else None
             self._services = HypercallServices(self.vm, get_quote)
             self.vcpus: list[Vcpu] = []
             if not self.config.vm:
@@ -258,6 +258,7 @@ class Machine:
 
     def close(self) -> None:
         """Tear the machine down: every page and KeyID goes back."""
+        self._services.close()
         self.vm.close()
         self.kvm.mm.close()
 
