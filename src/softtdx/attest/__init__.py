@@ -1,5 +1,7 @@
 """Attestation: TDREPORT, quotes, the simulated PKI, collateral, event logs, verification.
 
+What is where, lowest first:
+
     wire, der, keys, x509, sgx_extension   how bytes, keys and certificates are made and read
     tdreport, quote                        TDREPORT_STRUCT; quotes v4 and v5
     tcb, pki, store, collateral            what a platform's PKI says of it, and what a verifier is given
