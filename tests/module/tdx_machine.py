@@ -142,6 +142,7 @@ class Td:
     tdcx: list[int] = field(default_factory=list)
     tables: dict[tuple[int, int], int] = field(default_factory=dict)
     vcpu_pages: list[int] = field(default_factory=list)
+    l2_vms: int = 0
 
     @classmethod
     def create(cls, machine: Machine, *, params: bytes | None = None, initialize: bool = True) -> "Td":
@@ -150,7 +151,8 @@ class Td:
         machine.next_hkid += 1
         machine.ok(Leaf.MNG_CREATE, rcx=td.tdr, rdx=td.hkid)
         machine.ok(Leaf.MNG_KEY_CONFIG, rcx=td.tdr)
-        for _ in range(6):
+        td.l2_vms = TdParams.parse(params).num_l2_vms if params else 0
+        for _ in range(6 + td.l2_vms):
             td.tdcx.append(machine.page())
             machine.ok(Leaf.MNG_ADDCX, rcx=td.tdcx[-1], rdx=td.tdr)
         if initialize:
@@ -191,7 +193,7 @@ class Td:
         tdvpr = m.page()
         self.vcpu_pages.append(tdvpr)
         m.ok(Leaf.VP_CREATE, rcx=tdvpr, rdx=self.tdr)
-        for _ in range(5):
+        for _ in range(5 + 3 * self.l2_vms):
             self.vcpu_pages.append(m.page())
             m.ok(Leaf.VP_ADDCX, rcx=self.vcpu_pages[-1], rdx=tdvpr)
         m.ok(Leaf.VP_INIT, rcx=tdvpr, rdx=0)
