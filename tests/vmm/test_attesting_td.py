@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -12,6 +13,7 @@ from softtdx.kvm import Host
 from softtdx.vmm import GuestError, MachineConfig
 from softtdx.vmm.attesting_td import AttestingTd
 from softtdx.vmm.boot import boot_host
+from softtdx.vmm.quoting import QuotingService
 
 DATA = bytes(range(64))
 
@@ -45,6 +47,25 @@ def test_two_of_the_same_kind_have_the_same_measurement(machine_room: Host) -> N
         with AttestingTd(machine_room) as td:
             found.append(parse_tdreport(td.report(DATA)).td_info.mrtd)
     assert found[0] == found[1] != bytes(48)
+
+
+def test_a_quote_may_be_in_flight_while_the_td_runs_on(machine_room: Host) -> None:
+    service = QuotingService(machine_room.platform, asynchronous=True)
+    signing, seen = threading.Event(), threading.Event()
+    quote = service.quote
+
+    def slowly(report: bytes) -> bytes:
+        signing.set()
+        assert seen.wait(30)
+        return quote(report)
+
+    service.quote = slowly  # type: ignore[method-assign]
+    with AttestingTd(machine_room, service) as td, ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(td.quote, DATA)
+        assert signing.wait(30)  # the call has returned to the TD, which polls; the quote is still being made
+        assert not asked.done()
+        seen.set()
+        assert Quote.parse(asked.result(30)).body.report_data == DATA
 
 
 def test_many_may_ask_at_once(machine_room: Host) -> None:

@@ -226,6 +226,11 @@ def require_tracked(td: Td, entry: int, level: int, page: PamtPage) -> None:
         raise LeafError(Status.TLB_TRACKING_NOT_DONE, Operand.RCX)
 
 
+def somebody_waits(call: Call, td: Td) -> bool:
+    """Whether a long leaf should make way: for another processor that wants the tree (INTERRUPTED_BUSY)."""
+    return call.locks.host_waits(td.pa | _SEPT_LOCK)
+
+
 # --- what an entry says
 def leaf_hpa(entry: int, gpa: int, level: int) -> int:
     """The address, KeyID included, of `gpa` in the page that a leaf entry maps."""

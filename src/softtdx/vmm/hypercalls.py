@@ -84,13 +84,19 @@ class HypercallServices:
         if request.nr == VmcallLeaf.GET_QUOTE and self._get_quote is not None:
             gpa, size = request.data
             request.ret = self._get_quote.call(self._memory, gpa, size, self._notify)
-            # Served before the call returns, so that a run does not depend on how fast this machine signs.
-            self._get_quote.run_pending()
+            if not self._get_quote.threaded:
+                # Served before the call returns, so that a run does not depend on how fast this machine signs.
+                self._get_quote.run_pending()
         elif request.nr == VmcallLeaf.SETUP_EVENT_NOTIFY_INTERRUPT:
             self.event_notify_vector, self._event_notify_apic = request.data[0], apic_id
             request.ret = VmcallStatus.SUCCESS
         elif request.nr == VmcallLeaf.GET_TDVMCALL_INFO:
             request.ret, request.r11, request.r12 = VmcallStatus.SUCCESS, int(self._get_quote is not None), 0
+
+    def close(self) -> None:
+        """Answer what is in flight, and take no more."""
+        if self._get_quote is not None:
+            self._get_quote.close()
 
     def _notify(self) -> None:
         """The event-notify interrupt, to the vCPU that asked for it; none without a vector or local APICs."""

@@ -22,6 +22,7 @@ from softtdx.abi.kvm import (
 from softtdx.abi.structs import Attributes
 from softtdx.abi.vmcs import AR_CODE32, AR_DATA32
 from softtdx.attest.getquote import GetQuote
+from softtdx.hw import LogicalProcessor
 from softtdx.kvm import Host, Kvm, KvmError, Vcpu
 from softtdx.kvm.uapi import CpuidEntry, KvmRun, Regs, Segment, Sregs, TdxCapabilities, TdxInitMemRegion, TdxInitVm
 from softtdx.vmm.devices import PortBus
@@ -81,6 +82,7 @@ class MachineResult:
     instructions: int = 0
     wall_s: float = 0.0
     stats: Counter[str] = field(default_factory=Counter)
+    undefined: list[str] = field(default_factory=list)  # instructions that raised #UD for want of support
 
     @property
     def ok(self) -> bool:
@@ -113,7 +115,7 @@ class Machine:
         self.kvm = Kvm(host)
         try:
             self.vm = self.kvm.create_vm(KVM_X86_DEFAULT_VM if self.config.vm else KVM_X86_TDX_VM)
-            get_quote = GetQuote(quoting.quote) if quoting is not None else None
+            get_quote = GetQuote(quoting.quote, threaded=quoting.asynchronous) if quoting is not None else None
             self._services = HypercallServices(self.vm, get_quote)
             self.vcpus: list[Vcpu] = []
             if not self.config.vm:
@@ -216,7 +218,7 @@ class Machine:
     # --- running
     def run(self) -> MachineResult:
         """Run until the guest ends, or `stop`. KeyboardInterrupt stops the machine and is passed on."""
-        start, before = perf_counter(), self._instructions()
+        start, before, undefined = perf_counter(), self._instructions(), self._undefined()
         threads = [
             threading.Thread(target=self._run_vcpu, args=(vcpu,), name=f"vcpu{vcpu.vcpu_id}", daemon=True)
             for vcpu in self.vcpus
@@ -236,6 +238,7 @@ class Machine:
         assert result is not None
         result.console, result.wall_s = bytes(self._console), perf_counter() - start
         result.instructions, result.stats = self._instructions() - before, self.vm.stats
+        result.undefined = sorted(self._undefined() - undefined)
         result.mrtd = self.mrtd()
         return result
 
@@ -255,6 +258,7 @@ class Machine:
 
     def close(self) -> None:
         """Tear the machine down: every page and KeyID goes back."""
+        self._services.close()
         self.vm.close()
         self.kvm.mm.close()
 
@@ -263,6 +267,10 @@ class Machine:
             while thread.is_alive():
                 vcpu.kick()
                 thread.join(0.01)
+
+    def _undefined(self) -> set[str]:
+        """What the simulated processors could not execute so far, disassembled."""
+        return {text for lp in self.host.platform.lps for text in self.host.cpus.call_on(lp.index, _undefined_on)}
 
     def _instructions(self) -> int:
         return sum(vcpu.instructions for vcpu in self.vcpus)
@@ -340,3 +348,7 @@ class Machine:
             if self._ending is None:
                 self._ending = result
             self._lock.notify_all()
+
+
+def _undefined_on(lp: LogicalProcessor) -> list[str]:
+    return lp.core.undefined()

@@ -27,21 +27,21 @@ class VirtioDevice(ABC):
         """As after reset."""
         self.lock = RLock()
         self.queues = [Queue(memory) for _ in range(self.queue_count)]
-        self.interrupt: Callable[[Queue], None] = lambda queue: None
+        self.interrupt: Callable[[Queue], None] = lambda _queue: None
         self.driver_ok = False
 
     @abstractmethod
     def config(self) -> bytes:
         """The device's configuration structure."""
 
-    def write_config(self, offset: int, data: bytes) -> None:
-        """The driver writes configuration; most devices have nothing to write there."""
+    def write_config(self, offset: int, data: bytes) -> None:  # noqa: B027  most devices have nothing to write there
+        """The driver writes configuration."""
 
     @abstractmethod
     def notify(self, index: int) -> None:
         """The driver made buffers available in a queue. QueueError when they are malformed."""
 
-    def started(self) -> None:
+    def started(self) -> None:  # noqa: B027  most devices wait for a notification
         """The driver said DRIVER_OK."""
 
     def reset(self) -> None:
