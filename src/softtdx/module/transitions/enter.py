@@ -104,15 +104,12 @@ def enter(call: Call) -> int:
     if resident is None:
         lp.residents[pa] = Resident(call, tdvpr, guest)
     lp.load_vmcs(vcpu.vmcs)
-    try:
-        _check_vcpu(guest, operand, misc_enable)
-        guest.epoch = vcpu.enter_epoch(guest.epoch, newly_bound=newly_bound)
-        refused = _check_stepping(guest)
-        if refused is not None:
-            return refused
-        return _run(guest, lp, operand)
-    finally:
-        lp.unload_vmcs()
+    _check_vcpu(guest, operand, misc_enable)
+    guest.epoch = vcpu.enter_epoch(guest.epoch, newly_bound=newly_bound)
+    refused = _check_stepping(guest)
+    if refused is not None:
+        return refused
+    return _run(guest, lp, operand)
 
 
 def _check_vcpu(guest: Guest, operand: int, misc_enable: int) -> None:

@@ -176,8 +176,3 @@ class Vcpu:
     def leave_epoch(self, epoch: int) -> None:
         """The vCPU does not run any more: TDH.MEM.TRACK need not wait for it."""
         add16(self._cpu, self.td.p0 + tdcs.REFCOUNT + 2 * (epoch & 1), -1)
-
-    # --- TD VMCS
-    def load_vmcs(self) -> None:
-        """Make the TD VMCS this processor's current VMCS; `unload_vmcs` must follow before the leaf is over."""
-        self._cpu.vmptrld(self.vmcs)
