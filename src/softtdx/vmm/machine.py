@@ -28,7 +28,7 @@ from softtdx.kvm.uapi import CpuidEntry, KvmRun, Regs, Segment, Sregs, TdxCapabi
 from softtdx.vmm.devices import PortBus
 from softtdx.vmm.errors import MachineError
 from softtdx.vmm.hypercalls import HypercallServices
-from softtdx.vmm.launcher import FIRMWARE_BASE, PAGE, firmware_image, lay_out
+from softtdx.vmm.launcher import FIRMWARE_BASE, PAGE, RANGE_TO_ACCEPT, firmware_image, lay_out
 from softtdx.vmm.payload import Payload
 from softtdx.vmm.quoting import QuotingService
 
@@ -154,6 +154,14 @@ class Machine:
         """Put launcher and payload into memory and make the vCPUs. MachineError when they do not fit."""
         layout = lay_out(payload, self.config.memory, self.config.vcpus)
         self.load_contents([(FIRMWARE_BASE, firmware_image(layout)), *layout.present])
+        if self.config.vm:
+            return
+        try:
+            for base, size, kind in layout.ranges():
+                if kind == RANGE_TO_ACCEPT:  # the launcher will accept all of it, so spare it the faults
+                    self.vcpus[0].pre_fault_memory(base, size)
+        except KvmError as error:
+            raise MachineError(f"the machine cannot be built: {error.strerror}") from error
 
     def load_contents(self, contents: list[tuple[int, bytes]]) -> None:
         """The same with any initial memory: (GPA, whole pages), the firmware below 4 GiB first."""
