@@ -64,9 +64,7 @@ def load_bzimage(path: str | Path) -> BzImage:
             raise PayloadError(f"the kernel {str(path)!r} is a folder; give a bzImage")
         size = file.stat().st_size
         if size > MAX_FILE:
-            raise PayloadError(
-                f"the kernel {str(path)!r} has {size} bytes; the limit is {MAX_FILE >> 20} MiB"
-            )
+            raise PayloadError(f"the kernel {str(path)!r} has {size} bytes; the limit is {MAX_FILE >> 20} MiB")
         data = file.read_bytes()
     except OSError as error:
         raise PayloadError(f"cannot read the kernel {str(path)!r}: {error.strerror}") from error

@@ -13,6 +13,7 @@ from softtdx.vmm.hypercalls import GuestSharedMemory
 from softtdx.vmm.linux.acpi import RESET_PORT, RESET_VALUE, SLEEP_CONTROL_PORT, SLEEP_TYPE_S5
 from softtdx.vmm.linux.bzimage import BzImage
 from softtdx.vmm.linux.cpuid import guest_cpuid
+from softtdx.vmm.linux.initramfs import STATUS_PREFIX, USERSPACE
 from softtdx.vmm.linux.layout import BOOT_WINDOW, FIRMWARE_BASE, PCI_WINDOW, PCI_WINDOW_SIZE, MemoryMap
 from softtdx.vmm.linux.window import build_window
 from softtdx.vmm.machine import End, Machine, MachineConfig, MachineResult
@@ -41,6 +42,7 @@ class Stage(IntEnum):
     KERNEL = 4
     DRIVERS = 5
     CONSOLE = 6
+    USERSPACE = 7
 
 
 class LinuxMachine(Machine):
@@ -58,12 +60,15 @@ class LinuxMachine(Machine):
         super().__init__(host, config, console=console, quoting=quoting)
         self.vm.create_irqchip()
         self.stage = Stage.OFF
+        self.exit_status: int | None = None
+        self._status_text = b""
         self._window_hva: int | None = None
         self._clock = CmosClock()
         self.pci = PciBus(PCI_WINDOW, PCI_WINDOW_SIZE)
         self._shared = GuestSharedMemory(self.vm)
         self.console = VirtioConsole(self._shared, self._print)
         self._plug(self.console)
+        self._plug(VirtioConsole(self._shared, self._status_channel))
 
     def _plug(self, device: VirtioDevice) -> None:
         self.pci.add(VirtioPci(device, self.vm.signal_msi))
@@ -122,12 +127,21 @@ class LinuxMachine(Machine):
                 io.value = self._clock.read(io.port)
         elif io.port == SLEEP_CONTROL_PORT and io.write:
             if io.value & _SLEEP_ENABLE and io.value >> 2 & 7 == SLEEP_TYPE_S5:
-                self._finish(MachineResult(End.EXIT, self.exit_status, ""))
+                self._finish(MachineResult(End.EXIT, self.exit_status or 0))
         elif io.port == RESET_PORT and io.write and io.value == RESET_VALUE:
-            self._finish(MachineResult(End.EXIT, self.exit_status, "the guest asked for a reset"))
+            self._reset()
         else:
             return False
         return True
+
+    def _reset(self) -> None:
+        """What a kernel does after a panic (panic=-1), and a user who says reboot."""
+        text = bytes(self._console).decode("utf-8", "replace")
+        panic = next((line for line in reversed(text.splitlines()) if "Kernel panic" in line), None)
+        if panic is not None:
+            self._finish(MachineResult(End.CRASH, message=panic.strip()))
+        else:
+            self._finish(MachineResult(End.EXIT, self.exit_status or 0, "the guest asked for a reset"))
 
     def _mmio(self, access: MmioExit) -> None:
         """Loads and stores where there is no memory: a device's BAR, or nobody."""
@@ -139,10 +153,18 @@ class LinuxMachine(Machine):
 
     def _print(self, data: bytes) -> None:
         """Output of the virtio console."""
-        self.stage = Stage.CONSOLE
+        self.stage = max(self.stage, Stage.CONSOLE)
         self._output(data)
 
-    exit_status = 0
+    def _status_channel(self, data: bytes) -> None:
+        """Lines that our init writes to /dev/hvc1."""
+        self._status_text += data
+        *lines, self._status_text = self._status_text.split(b"\n")
+        for line in map(bytes.strip, lines):
+            if line == USERSPACE:
+                self.stage = Stage.USERSPACE
+            elif line.startswith(STATUS_PREFIX) and line[len(STATUS_PREFIX) :].isdigit():
+                self.exit_status = int(line[len(STATUS_PREFIX) :]) & 0xFF
 
     def _firmware_stage(self, code: int) -> None:
         if self.stage < code <= Stage.KERNEL:
