@@ -26,7 +26,7 @@ from softtdx.attest import (
     verify_with_dcap_qvl,
 )
 from softtdx.attest.errors import CollateralError, MalformedError
-from softtdx.attest.pki import EXPIRABLE, REVOCABLE
+from softtdx.attest.pki import EXPIRABLE, PLATFORM_FLAGS, REVOCABLE
 from softtdx.attest.store import load_pki, save_pki
 from softtdx.cli.attest_common import hex_bytes, json_option, read_file, show, write_file
 from softtdx.cli.measurement import events, measure
@@ -116,6 +116,7 @@ def pki() -> None:
 @click.option("--revoke", "revoked", multiple=True, type=click.Choice(REVOCABLE), help="Put on its issuer's CRL.")
 @click.option("--expire", "expired", multiple=True, type=click.Choice(EXPIRABLE), help="Let it have run out.")
 @click.option("--no-match", is_flag=True, help="Let every TCB level ask for more than the platform has.")
+@click.option("--platform-flag", "flags", multiple=True, type=click.Choice(PLATFORM_FLAGS), help="Set in the PCK.")
 @click.option("--pcs-url", default=PkiOptions.pcs_url, show_default=True, help="Where certificates say CRLs are.")
 @click.option("--replace", is_flag=True, help="Replace a PKI that is there.")
 def pki_init(
@@ -143,6 +144,7 @@ def pki_init(
         vary=_variation(verdict),
         revoked=frozenset(verdict["revoked"]),
         expired=frozenset(verdict["expired"]),
+        platform_flags=frozenset(verdict["flags"]),
     )
     save_pki(made, directory, replace=replace)
     click.echo(f"{directory}: root.pem is what verifiers trust, collateral.json is what they need beside a quote")
@@ -184,6 +186,7 @@ def pkishow(directory: Path, as_json: bool) -> None:
             "qe_status": str(options.vary.qe_status),
             "revoked": sorted(options.revoked),
             "expired": sorted(options.expired),
+            "platform_flags": sorted(options.platform_flags),
         },
         as_json,
     )
