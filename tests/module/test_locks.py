@@ -5,6 +5,7 @@ import threading
 
 import pytest
 
+from softtdx.abi.status import Status
 from softtdx.module.locks import BUSY, BUSY_HOST_PRIORITY, LockTable
 
 KEY = 0x1000
@@ -60,6 +61,10 @@ def test_any_sequence_of_calls_behaves_as_the_model(seed):
         if not got:
             held.append(exclusive)
         assert table.host_waits(KEY) == model.host_waits
+
+
+def test_the_two_answers_are_statuses():
+    assert (BUSY, BUSY_HOST_PRIORITY) == (Status.OPERAND_BUSY, Status.OPERAND_BUSY_HOST_PRIORITY)
 
 
 def test_a_lock_that_nobody_holds_takes_no_room():

@@ -21,8 +21,10 @@ NO_SUBLEAF = 0xFFFF_FFFF << 32
 class Unborn(Machine):
     """A machine whose module was loaded and not yet called. `cpuid`, `msrs`: where the machine differs."""
 
-    def __init__(self, *, cpuid=None, msrs=None, table: Callable[[SysInfoTable], None] | None = None) -> None:
-        base = preset("spr")
+    def __init__(
+        self, *, cpuid=None, msrs=None, table: Callable[[SysInfoTable], None] | None = None, description=None
+    ) -> None:
+        base = description or preset("spr")
         description = replace(base, cpuid=base.cpuid | (cpuid or {}))
         self.platform = Platform(description)
         self.lps = self.platform.lps
