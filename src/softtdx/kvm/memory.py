@@ -66,9 +66,9 @@ class HostMemory:
     def free(self, pa: int, pages: int = 1) -> None:
         """Give pages back. A page that TDX still owns is a bug of the caller: RuntimeError."""
         with self._lock:
-            for page in range(pa, pa + pages * PAGE, PAGE):
-                if page in self._tdx_pages:
-                    raise RuntimeError(f"page {page:#x} is freed while TDX owns it ({self._tdx_pages[page]})")
+            owned = next((page for page in range(pa, pa + pages * PAGE, PAGE) if page in self._tdx_pages), None)
+            if owned is not None:
+                raise RuntimeError(f"page {owned:#x} is freed while TDX owns it ({self._tdx_pages[owned]})")
             self._add(pa, pa + pages * PAGE)
             self.free_pages += pages
 

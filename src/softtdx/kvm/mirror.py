@@ -140,7 +140,7 @@ class SecureEpt:
             self._retry(partial(sc.mem_page_remove, lp, tdr, gpa, mapping.level), Leaf.MEM_PAGE_REMOVE)
             del self._leaves[mapping.level][gpa]
             self._memory.take_from_tdx(mapping.hpa, 1 << 9 * mapping.level)
-            self._memory.zero(mapping.hpa, 1 << 9 * mapping.level)
+            lp.zero_page(mapping.hpa, 1 << 9 * mapping.level)
 
     def track(self, lp: LogicalProcessor) -> None:
         """A new TLB epoch, and every vCPU out of the old one."""
@@ -203,5 +203,5 @@ class SecureEpt:
             self.leaked_pages.append(page)
             return False
         self._memory.take_from_tdx(page, pages)
-        self._memory.zero(page, pages)
+        lp.zero_page(page, pages)  # MOVDIR64B: clears poison too
         return True
