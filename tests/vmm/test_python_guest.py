@@ -28,6 +28,18 @@ def test_a_function_runs_as_a_td_and_learns_who_it_is(host):
     assert seen == [(48, 1, 0, True, 1 << 47)]
 
 
+def test_a_td_of_52_gpa_bits_has_its_shared_bit_at_the_top(host):
+    def guest(td):
+        assert td.shared_bit == 1 << 51
+        assert td.accept(0x3000) == 0
+        td.store(0x3000, 1)
+        assert td.tdvmcall(VmcallLeaf.MAP_GPA, 0x4000 | td.shared_bit, PAGE).r10 == 0
+        td.store(td.shared(0x4000), 2)
+        assert (td.load(0x3000), td.load(td.shared(0x4000))) == (1, 2)
+
+    run_python_guest(host, guest, MachineConfig(memory=MIB, gpa_width=52))
+
+
 def test_the_same_function_runs_in_an_ordinary_vm(host):
     seen = []
 

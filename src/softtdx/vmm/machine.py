@@ -6,7 +6,7 @@ It uses KVM's ioctl surface and nothing below it. The same machine is a TD or, w
 import threading
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from time import perf_counter
 
@@ -37,6 +37,7 @@ __all__ = ["End", "Machine", "MachineConfig", "MachineResult"]
 MAX_VCPUS = 64
 _RESET_VECTOR = 0xFFFF_FFF0
 _CR0_PE_NE = 0x21
+_ADDRESS_LEAF = 0x8000_0008  # EAX 23:16 tell KVM the GPA width
 _POLL = 0.05  # seconds between two looks of a waiting thread at signals
 
 
@@ -58,6 +59,7 @@ class MachineConfig:
     vcpus: int = 1
     vm: bool = False
     debug_td: bool = False
+    gpa_width: int = 48  # of a TD: 48 or 52; the shared bit is the top one
     mrconfigid: bytes = bytes(48)
     mrowner: bytes = bytes(48)
     mrownerconfig: bytes = bytes(48)
@@ -66,6 +68,8 @@ class MachineConfig:
         """MachineError for what no machine can have."""
         if not 1 <= self.vcpus <= MAX_VCPUS:
             raise MachineError(f"{self.vcpus} vCPUs; a machine has 1 to {MAX_VCPUS}")
+        if self.gpa_width not in (48, 52):
+            raise MachineError(f"{self.gpa_width} guest-physical address bits; a TD has 48 or 52")
         if self.memory < 1 << 20:
             raise MachineError(f"{self.memory} bytes of memory; a machine needs at least 1 MiB")
 
@@ -138,7 +142,9 @@ class Machine:
         assert isinstance(caps, TdxCapabilities)
         attributes = Attributes.SEPT_VE_DISABLE | (Attributes.DEBUG if self.config.debug_td else 0)
         supported = {(e.function, e.index): e for e in self.kvm.get_supported_cpuid()}
-        cpuid = tuple(supported[e.function, e.index] for e in caps.cpuid if (e.function, e.index) in supported)
+        chosen = [supported[e.function, e.index] for e in caps.cpuid if (e.function, e.index) in supported]
+        width = self.config.gpa_width << 16
+        cpuid = tuple(replace(e, eax=e.eax & ~0xFF0000 | width) if e.function == _ADDRESS_LEAF else e for e in chosen)
         self.vm.memory_encrypt_op(
             TdxCommand.INIT_VM,
             TdxInitVm(
