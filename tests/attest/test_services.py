@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import socket
+import ssl
+import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +22,7 @@ from softtdx.attest import (
     CollateralError,
     MalformedError,
     Pki,
+    PkiError,
     QuotingEnclave,
     Verifier,
     http_service,
@@ -38,6 +41,7 @@ from softtdx.attest.qgs import (
     message,
     parse_address,
 )
+from softtdx.attest.tls import tls_files
 
 AT_ONCE = 64
 
@@ -59,7 +63,7 @@ def connect(listener: QgsListener | PcsListener) -> socket.socket:
         address = listener.address
         assert not isinstance(address, Path)
     else:
-        host, _, port = listener.url.removeprefix("http://").rpartition(":")
+        host, _, port = listener.url.partition("://")[2].rpartition(":")
         address = (host, int(port))
     return socket.create_connection(address, 10)
 
@@ -333,6 +337,32 @@ def test_a_service_that_is_not_there_is_said_to_be_so(quote_bytes: bytes) -> Non
 def test_a_port_in_use_is_said_to_be_so(pki: Pki, pcs: PcsListener) -> None:
     with pytest.raises(ServiceUnavailableError, match="cannot listen"):
         PcsListener(pki, port=int(pcs.url.rpartition(":")[2]))
+
+
+def test_the_pcs_speaks_https_with_a_certificate_of_its_own(tmp_path: Path, pki: Pki, quote_bytes: bytes) -> None:
+    files = tls_files(tmp_path)
+    assert stat.S_IMODE(files.key.stat().st_mode) == 0o600
+    with PcsListener(pki, port=0, tls=files) as listener:
+        assert listener.url.startswith("https://127.0.0.1:")
+        with pytest.raises(ServiceUnavailableError, match="certificate verify failed"):
+            fetch_collateral(quote_bytes, listener.url)
+        trusting = httpx.Client(verify=ssl.create_default_context(cafile=str(files.certificate)))
+        assert fetch_collateral(quote_bytes, listener.url, client=trusting) == pki.collateral()
+        with connect(listener) as stream:
+            stream.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            assert b"200" not in stream.recv(100)
+
+
+def test_a_tls_certificate_is_kept_until_it_is_of_no_more_use(tmp_path: Path) -> None:
+    files = tls_files(tmp_path)
+    first = files.certificate.read_bytes()
+    assert tls_files(tmp_path) == files
+    assert files.certificate.read_bytes() == first
+    files.certificate.write_text("not a certificate")
+    assert tls_files(tmp_path).certificate.read_bytes() != first
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(PkiError, match="no certificate for HTTPS"):
+        tls_files(tmp_path / "file")
 
 
 def test_dcap_qvl_fetches_from_the_pcs(pki: Pki, quote_bytes: bytes, pcs: PcsListener) -> None:

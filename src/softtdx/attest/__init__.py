@@ -8,7 +8,7 @@ What is where, lowest first:
     quoting, getquote, qgs                 the quoting enclave: TDREPORT -> quote; GetQuote's buffer; the QGS protocol
     chain, appraisal, policy, verifier     our own verifier: certificates, TCB levels, what a user asks, the verdict
     dcap                                   dcap-qvl, the independent verifier that comes with the project
-    pcs, pcs_client, http_service          collateral over HTTP
+    pcs, pcs_client, http_service, tls     collateral over HTTP
     guest_api, guest_client                a TD's own interfaces, for programs outside one and inside
     eventlog, measure, tdvf                measured boot: logs, and reference values ahead of time
     inspection, bench                      files of unknown kind decoded; figures

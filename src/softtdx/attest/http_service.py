@@ -12,6 +12,7 @@ from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from softtdx.attest.errors import ServiceUnavailableError
+from softtdx.attest.tls import TlsFiles
 
 __all__ = ["HttpListener"]
 
@@ -58,7 +59,7 @@ def _listen(host: str, port: int) -> socket.socket:
 class HttpListener:
     """An ASGI application on a TCP port; `start` serves in a thread, `serve_forever` in this one."""
 
-    def __init__(self, app: Starlette, what: str, host: str, port: int) -> None:
+    def __init__(self, app: Starlette, what: str, host: str, port: int, tls: TlsFiles | None = None) -> None:
         try:
             self._socket = _listen(host, port)
         except (OSError, OverflowError) as error:
@@ -74,6 +75,8 @@ class HttpListener:
             timeout_keep_alive=KEEP_ALIVE,
             limit_concurrency=MAX_CONNECTIONS,
             h11_max_incomplete_event_size=MAX_REQUEST_HEAD,
+            ssl_certfile=tls.certificate if tls else None,
+            ssl_keyfile=tls.key if tls else None,
         )
         self._server = uvicorn.Server(config)
         self._thread: threading.Thread | None = None
@@ -82,7 +85,8 @@ class HttpListener:
     def url(self) -> str:
         """Where clients find it."""
         host, port, *_ = self._socket.getsockname()
-        return f"http://{host}:{port}"
+        scheme = "https" if self._server.config.ssl_certfile else "http"
+        return f"{scheme}://{host}:{port}"
 
     def serve_forever(self) -> None:
         """Serve until the process is told to stop."""

@@ -23,6 +23,7 @@ from softtdx.attest.http_service import HttpListener
 from softtdx.attest.keys import sign_raw
 from softtdx.attest.pki import Pki
 from softtdx.attest.tcb import timestamp
+from softtdx.attest.tls import TlsFiles
 
 __all__ = ["DEFAULT_PORT", "PcsListener", "make_app"]
 
@@ -212,5 +213,7 @@ def make_app(pki: Pki) -> Starlette:
 class PcsListener(HttpListener):
     """The service on a TCP port."""
 
-    def __init__(self, pki: Pki, host: str = "127.0.0.1", port: int = DEFAULT_PORT) -> None:
-        super().__init__(make_app(pki), "PCS", host, port)
+    def __init__(
+        self, pki: Pki, host: str = "127.0.0.1", port: int = DEFAULT_PORT, tls: TlsFiles | None = None
+    ) -> None:
+        super().__init__(make_app(pki), "PCS", host, port, tls)

@@ -208,11 +208,14 @@ def pcs() -> None:
 @pki_option
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", default=8081, show_default=True, type=click.IntRange(0, 65535))
-def pcs_serve(pki_dir: Path | None, host: str, port: int) -> None:
+@click.option("--tls", is_flag=True, help="HTTPS, with a certificate of its own that is kept as tls.pem in the PKI.")
+def pcs_serve(pki_dir: Path | None, host: str, port: int, tls: bool) -> None:
     """Serve the PKI's collateral until interrupted."""
     from softtdx.attest.pcs import PcsListener  # the web server is for this command only
+    from softtdx.attest.tls import tls_files
 
-    listener = PcsListener(need_pki(pki_dir), host, port)
+    pki = need_pki(pki_dir)
+    listener = PcsListener(pki, host, port, tls_files(pki_dir) if tls and pki_dir else None)
     click.echo(f"PCS at {listener.url}/sgx/certification/v4/ and /tdx/certification/v4/")
     listener.serve_forever()
 
