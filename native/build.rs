@@ -26,7 +26,13 @@ const PROGRAMS: &[Guest] = &[
     // The same for Linux: the TD firmware.
     Guest {
         name: "firmware",
-        sources: &["firmware.c", "startup.S", "firmware_entry.S", "sha384.c", "memory.c"],
+        sources: &[
+            "firmware.c",
+            "startup.S",
+            "firmware_entry.S",
+            "sha384.c",
+            "memory.c",
+        ],
         script: "firmware.ld",
         flags: &["-fpie", "-Wl,--oformat=binary"],
     },

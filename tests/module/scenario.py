@@ -108,11 +108,12 @@ class Scenario:
     def holding(self, what: str, operands: dict[str, int]) -> AbstractContextManager[None]:
         """Hold a lock as another processor would.
 
-        tdr, tdr-shared, op_state, sept, sept-shared, epoch: of the TD in RDX; entry: the one that RCX names;
-        page:register, range:register: PAMT entries of what a register names; pa:address: of a page.
+        tdr, tdr-shared, op_state, sept, sept-shared, epoch: of the TD in RDX or :register; entry: the one in RCX;
+        page:register, range:register: PAMT entries of what a register names; pa:address: of a page; key:number: a
+        lock of the module by its key.
         """
         kind, _, rest = what.partition(":")
-        tdr = operands.get("rdx", operands["rcx"]) & -PAGE
+        tdr = operands.get(rest, operands.get("rdx", operands["rcx"])) & -PAGE
         if kind == "":
             return nullcontext()
         if kind == "tdr":
@@ -131,6 +132,8 @@ class Scenario:
             return self._locked(operands[rest], False)
         if kind == "range":
             return self._locked(operands[rest] & -MIB2 | pamt.KEY_2M, False)
+        if kind == "key":
+            return self._locked(int(rest), False)
         if kind == "pa":
             return self._locked(int(rest, 0), False)
         gpa, level = operands["rcx"] & ~7, operands["rcx"] & 7
@@ -184,7 +187,12 @@ def tdr_rows(scenario: Scenario, register: str = "rdx", *, exclusive: bool = Fal
         Row("TDR above MAXPA", invalid, operand, {register: td.tdr | 1 << 52}),
         Row("TDR operand all ones", invalid, operand, {register: (1 << 64) - 1}),
         Row("TDR outside any TDMR", Status.OPERAND_ADDR_RANGE_ERROR, operand, {register: NOT_IN_TDMR}),
-        Row("TDR lock held", Status.OPERAND_BUSY, operand, held="tdr-shared" if exclusive else "tdr"),
+        Row(
+            "TDR lock held",
+            Status.OPERAND_BUSY,
+            operand,
+            held=f"tdr-shared:{register}" if exclusive else f"tdr:{register}",
+        ),
         Row("a reserved page for a TDR", Status.PAGE_METADATA_INCORRECT, operand, {register: RESERVED}),
         Row("a free page for a TDR", Status.PAGE_METADATA_INCORRECT, operand, {register: scenario.free_page}),
         Row("a TDCS page for a TDR", Status.PAGE_METADATA_INCORRECT, operand, {register: td.tdcx[0]}),
@@ -205,7 +213,7 @@ def state_rows(
         Row("no TDCS", Status.TDCS_NOT_ALLOCATED, 0, {register: scenario.bare.tdr}),
     ]
     if op_state_lock:
-        rows.append(Row("OP_STATE lock held", Status.OPERAND_BUSY, Operand.OP_STATE, held="op_state"))
+        rows.append(Row("OP_STATE lock held", Status.OPERAND_BUSY, Operand.OP_STATE, held=f"op_state:{register}"))
     rows.append(Row("OP_STATE", Status.OP_STATE_INCORRECT, state, {register: td.tdr}))
     return rows
 

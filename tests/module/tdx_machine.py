@@ -1,6 +1,6 @@
 """A machine with the TDX module up, and short ways to build TDs by raw SEAMCALLs: what the module's tests stand on."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from softtdx.abi.leaves import SeamcallLeaf as Leaf
 from softtdx.abi.status import Status
@@ -16,6 +16,7 @@ HOST = 0x4200_0000  # memory of the host that no TDMR covers
 BUFFER = HOST
 SOURCE = HOST + 0x1000
 TDMR = 0  # the TDMR's base; its first MiB is reserved
+SPARE_TDMR = 2 * GIB
 NULL_PA = (1 << 64) - 1
 GLOBAL_HKID = 32
 ATTRIBUTES_DEBUG = 1
@@ -30,8 +31,13 @@ def status(rax: int) -> tuple[Status, int]:
 class Machine:
     """A platform whose module is ready, with pages to give away."""
 
-    def __init__(self, *, lps: int = 2, dynamic_pamt: bool = False) -> None:
+    def __init__(self, *, lps: int = 2, dynamic_pamt: bool = False, spare_gib: bool = False) -> None:
+        """`spare_gib`: more memory, and a second TDMR over it of which nothing is used (SPARE_TDMR)."""
         description = preset("spr")
+        if spare_gib:
+            end = SPARE_TDMR + GIB
+            description = replace(description, ram=((0, end),), cmrs=(*description.cmrs, (SPARE_TDMR, GIB)))
+        self.tdmrs = [TDMR, SPARE_TDMR] if spare_gib else [TDMR]
         self.platform = platform = Platform(description)
         self.lps = platform.lps[:lps]
         self.next_page = 0x100_0000
@@ -89,19 +95,26 @@ class Machine:
         self.ok(Leaf.SYS_INIT)
         for index in range(len(self.platform.lps)):
             assert self.platform.lps[index].seamcall(Registers(rax=Leaf.SYS_LP_INIT)).rax == 0
-        info = TdmrInfo()
-        info.base, info.size = TDMR, GIB
-        info.pamt_1g_base, info.pamt_1g_size = PAMT, 0x1000
-        info.pamt_2m_base, info.pamt_2m_size = PAMT + 0x1000, 0x2000
-        info.pamt_4k_base, info.pamt_4k_size = PAMT + 0x1_0000, 0x8000 if self.dynamic_pamt else 0x40_0000
-        info.reserved_areas[0].offset, info.reserved_areas[0].size = 0, 0x10_0000
-        self.host_write(BUFFER, (BUFFER + 0x200).to_bytes(8, "little"))
-        self.host_write(BUFFER + 0x200, bytes(info))
+        pointers = b""
+        for number, base in enumerate(self.tdmrs):
+            info = TdmrInfo()
+            info.base, info.size = base, GIB
+            pamt = PAMT + number * 0x80_0000
+            info.pamt_1g_base, info.pamt_1g_size = pamt, 0x1000
+            info.pamt_2m_base, info.pamt_2m_size = pamt + 0x1000, 0x2000
+            info.pamt_4k_base, info.pamt_4k_size = pamt + 0x1_0000, 0x8000 if self.dynamic_pamt else 0x40_0000
+            if base == TDMR:
+                info.reserved_areas[0].offset, info.reserved_areas[0].size = 0, 0x10_0000
+            at = BUFFER + 0x200 * (number + 1)
+            self.host_write(at, bytes(info))
+            pointers += at.to_bytes(8, "little")
+        self.host_write(BUFFER, pointers)
         options = GLOBAL_HKID | (1 << 16 if self.dynamic_pamt else 0)
-        self.ok(Leaf.SYS_CONFIG, rcx=BUFFER, rdx=1, r8=options)
+        self.ok(Leaf.SYS_CONFIG, rcx=BUFFER, rdx=len(self.tdmrs), r8=options)
         self.ok(Leaf.SYS_KEY_CONFIG)
-        while self.ok(Leaf.SYS_TDMR_INIT, rcx=TDMR).rdx < GIB:
-            pass
+        for base in self.tdmrs:
+            while self.ok(Leaf.SYS_TDMR_INIT, rcx=base).rdx < base + GIB:
+                pass
 
 
 def td_params(
@@ -129,6 +142,7 @@ class Td:
     tdcx: list[int] = field(default_factory=list)
     tables: dict[tuple[int, int], int] = field(default_factory=dict)
     vcpu_pages: list[int] = field(default_factory=list)
+    l2_vms: int = 0
 
     @classmethod
     def create(cls, machine: Machine, *, params: bytes | None = None, initialize: bool = True) -> "Td":
@@ -137,7 +151,8 @@ class Td:
         machine.next_hkid += 1
         machine.ok(Leaf.MNG_CREATE, rcx=td.tdr, rdx=td.hkid)
         machine.ok(Leaf.MNG_KEY_CONFIG, rcx=td.tdr)
-        for _ in range(6):
+        td.l2_vms = TdParams.parse(params).num_l2_vms if params else 0
+        for _ in range(6 + td.l2_vms):
             td.tdcx.append(machine.page())
             machine.ok(Leaf.MNG_ADDCX, rcx=td.tdcx[-1], rdx=td.tdr)
         if initialize:
@@ -178,7 +193,7 @@ class Td:
         tdvpr = m.page()
         self.vcpu_pages.append(tdvpr)
         m.ok(Leaf.VP_CREATE, rcx=tdvpr, rdx=self.tdr)
-        for _ in range(5):
+        for _ in range(5 + 3 * self.l2_vms):
             self.vcpu_pages.append(m.page())
             m.ok(Leaf.VP_ADDCX, rcx=self.vcpu_pages[-1], rdx=tdvpr)
         m.ok(Leaf.VP_INIT, rcx=tdvpr, rdx=0)

@@ -6,12 +6,14 @@ from contextlib import contextmanager
 
 import pytest
 from guest_thread import GuestThread
-from tdx_machine import ATTRIBUTES_DEBUG, MIB2, NULL_PA, PAGE, Leaf, Machine, Td, status, td_params
+from tdx_machine import ATTRIBUTES_DEBUG, MIB2, NULL_PA, PAGE, SPARE_TDMR, Leaf, Machine, Td, status, td_params
 
 from softtdx.abi.leaves import TdcallLeaf
 from softtdx.abi.sept import HP, TDEL, SeptState
 from softtdx.abi.sept import PUBLIC_STATE as PUBLIC
 from softtdx.abi.status import Operand, Status
+from softtdx.hw.isa import SeamCpu
+from softtdx.module.td import LockId
 
 FREE_ENTRY = 1 << 63
 NL_ENTRY = 0x407
@@ -215,6 +217,35 @@ def test_only_512_like_and_adjacent_pages_merge(machine: Machine, odd: int) -> N
     assert (regs.rcx, regs.rdx) == (0, PUBLIC[SeptState.NL_BLOCKED] << 8 | 1)
 
 
+def test_five_hundred_and_twelve_large_pages_merge_into_a_gib_and_split_again() -> None:
+    machine = Machine(spare_gib=True)
+    td, _ = running(machine)
+    gpa = 1 << 30
+    td.add_table(gpa, 2)
+    for part in range(512):
+        page = SPARE_TDMR + part * MIB2
+        machine.ok(Leaf.MEM_PAGE_AUG, rcx=gpa + part * MIB2 | 1, rdx=td.tdr, r8=page)
+    td.block(gpa, 2)
+    td.track()
+    assert machine.ok(Leaf.MEM_PAGE_PROMOTE, rcx=gpa | 2, rdx=td.tdr).rcx == td.tables[gpa, 2]
+    assert td.entry(gpa, 2) == (SPARE_TDMR | LEAF_NO_ACCESS, PUBLIC[SeptState.PENDING], 2)
+    assert machine.ok(Leaf.PHYMEM_PAGE_RDMD, rcx=SPARE_TDMR + 5 * MIB2 + PAGE).r8 == 2
+    td.block(gpa, 2)
+    td.track()
+    table = machine.page()
+    machine.ok(Leaf.MEM_PAGE_DEMOTE, rcx=gpa | 2, rdx=td.tdr, r8=table)
+    want = SPARE_TDMR + 77 * MIB2
+    assert td.entry(gpa + 77 * MIB2, 1) == (want | LEAF_NO_ACCESS, PUBLIC[SeptState.PENDING], 1)
+    assert machine.ok(Leaf.PHYMEM_PAGE_RDMD, rcx=want).r8 == 1
+    td.block(gpa, 2)
+    td.track()
+    machine.ok(Leaf.MEM_PAGE_PROMOTE, rcx=gpa | 2, rdx=td.tdr)
+    td.block(gpa, 2)
+    td.track()
+    assert machine.ok(Leaf.MEM_PAGE_REMOVE, rcx=gpa | 2, rdx=td.tdr).rcx == SPARE_TDMR
+    assert machine.ok(Leaf.PHYMEM_PAGE_RDMD, rcx=SPARE_TDMR).rcx == 0
+
+
 # --- debug TDs
 def test_the_host_reads_and_writes_the_memory_of_a_debug_td(machine: Machine) -> None:
     td, vcpu = running(machine, attributes=ATTRIBUTES_DEBUG)
@@ -388,6 +419,27 @@ def test_long_leaves_let_a_pending_interrupt_through_and_start_over(machine: Mac
     lp.interrupt_pending = False
     assert machine.ok(Leaf.MEM_PAGE_PROMOTE, rcx=2 * MIB2 | 1, rdx=td.tdr).rcx == table
     assert td.entry(2 * MIB2, 1)[0] == page | LEAF_NO_ACCESS
+
+
+def test_a_long_leaf_makes_way_for_a_processor_that_waits_for_the_tree(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    td, _ = running(machine)
+    td.aug(2 * MIB2, 1)
+    td.block(2 * MIB2, 1)
+    td.track()
+    table = machine.page()
+    locks = machine.module.g.locks
+
+    def another_processor_comes_along(_: SeamCpu) -> bool:
+        assert locks.acquire(td.tdr | LockId.SEPT, True) == Status.OPERAND_BUSY
+        return False
+
+    monkeypatch.setattr(SeamCpu, "interrupt_pending", another_processor_comes_along)
+    regs = machine.call(Leaf.MEM_PAGE_DEMOTE, rcx=2 * MIB2 | 1, rdx=td.tdr, r8=table)
+    assert (status(regs.rax)[0], regs.rcx, regs.rdx) == (Status.INTERRUPTED_BUSY, 2 * MIB2 | 1, td.tdr)
+    monkeypatch.undo()
+    machine.ok(Leaf.MEM_PAGE_DEMOTE, rcx=2 * MIB2 | 1, rdx=td.tdr, r8=table)
 
 
 def test_two_processors_on_one_td_get_busy_at_worst(machine: Machine) -> None:

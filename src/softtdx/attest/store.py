@@ -146,6 +146,7 @@ def _options(record: dict[str, Any]) -> PkiOptions:
         ca=record["ca"],
         revoked=frozenset(record["revoked"]),
         expired=frozenset(record["expired"]),
+        platform_flags=frozenset(record["platform_flags"]),
         issued=datetime.fromisoformat(record["issued"]),
         pcs_url=record["pcs_url"],
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,16 @@ import click
 
 from softtdx.abi.structs import Attributes, TdInfo, TdReport
 from softtdx.attest import MalformedError, QuotingEnclave
-from softtdx.cli.attest import load_description, need_pki, pki_option, platform_option, platform_tcb, report_engine
+from softtdx.attest.store import load_pki
+from softtdx.cli.attest import (
+    load_description,
+    pki_option,
+    platform_option,
+    platform_pki,
+    platform_tcb,
+    report_engine,
+    report_verifier,
+)
 from softtdx.hw.description import PlatformDescription
 from softtdx.hw.seamops import SeamIdentity, SeamOpsStatus
 
@@ -61,20 +71,30 @@ def guest_api() -> None:
 @guest_api.command("serve")
 @pki_option
 @platform_option
-@click.option("--set", "measured", multiple=True, metavar="NAME=HEX", help="A measurement of the TD, as mrtd=...")
+@click.option("--set", "measured", multiple=True, metavar="NAME=HEX", help="A measurement of a stand-in for a TD.")
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", default=8082, show_default=True, type=click.IntRange(0, 65535))
 def guest_api_serve(pki_dir: Path | None, platform_name: str, measured: tuple[str, ...], host: str, port: int) -> None:
-    """Stand in for a TD until interrupted: its reports and quotes are genuine, its measurements those given."""
+    """Serve until interrupted for a TD that is built and run here.
+
+    With --set it is a stand-in, which has nothing but the measurements given; its reports and quotes are genuine too.
+    Without --pki the platform's own PKI is used.
+    """
     from softtdx.attest.guest_api import GuestApiListener, TsmReports  # the web server is for this command only
 
     description = load_description(platform_name)
-    report = stand_in_td(description, dict(_measurement(item) for item in measured))
-    engine = report_engine(description)
-    enclave = QuotingEnclave(need_pki(pki_dir), lambda head: engine.verify(head) is SeamOpsStatus.SUCCESS)
-    listener = GuestApiListener(TsmReports(report, enclave.quote), host, port)
-    click.echo(f"guest API at {listener.url} (set SOFTTDX_GUEST_API to it for softtdx.attest.guest_client)")
-    listener.serve_forever()
+    enclave = QuotingEnclave(load_pki(pki_dir) if pki_dir else platform_pki(description), report_verifier(description))
+    with contextlib.ExitStack() as stack:
+        if measured:
+            report = stand_in_td(description, dict(_measurement(item) for item in measured))
+        else:
+            from softtdx.vmm.attesting_td import AttestingTd
+            from softtdx.vmm.boot import boot_host
+
+            report = stack.enter_context(AttestingTd(boot_host(description))).report
+        listener = GuestApiListener(TsmReports(report, enclave.quote), host, port)
+        click.echo(f"guest API at {listener.url} (set SOFTTDX_GUEST_API to it for softtdx.attest.guest_client)")
+        listener.serve_forever()
 
 
 COMMANDS: list[click.Command] = [guest_api]

@@ -74,6 +74,8 @@ def _write_quote(path: str, quoting: QuotingService | None) -> None:
 
 
 def _status(result: MachineResult, *, quiet: bool) -> int:
+    if result.undefined:
+        click.echo(f"softtdx: instructions that the simulated processor lacks: {'; '.join(result.undefined)}", err=True)
     if result.end is End.EXIT:
         return result.status or 0
     if result.end is End.HALTED:

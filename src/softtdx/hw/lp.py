@@ -63,6 +63,7 @@ class LogicalProcessor:
             if self.core.rdmsr(msr) is None:
                 self.core.wrmsr(msr, value)
         self.interrupt_pending = False
+        self._tsc_seen = 0
         self.guest_engine: GuestEngine | None = None
         self._seam_cpu = SeamCpu(self)
         core = self.core
@@ -81,6 +82,8 @@ class LogicalProcessor:
         """
         if self.mode is not Mode.VMX_ROOT:
             raise UndefinedOpcode(f"SEAMCALL in {self.mode.value} mode")
+        if self._tsc_seen != self.platform.tsc:
+            self._follow_tsc()
         seam = self.platform.seam
         if not seam.enabled:
             raise GeneralProtection("SEAMCALL before SEAMRR is enabled")
@@ -132,6 +135,8 @@ class LogicalProcessor:
         """VMLAUNCH/VMRESUME by the host: an ordinary VM runs until its VM exit; returns the exit reason."""
         if self.mode is not Mode.VMX_ROOT:
             raise UndefinedOpcode(f"VMLAUNCH in {self.mode.value} mode by the host")
+        if self._tsc_seen != self.platform.tsc:
+            self._follow_tsc()
         return self.enter_guest(launch)
 
     def enter_guest(self, launch: bool) -> int:
@@ -149,8 +154,16 @@ class LogicalProcessor:
                     reason = core.vmcontinue()
         finally:
             self.mode = root
+            self.platform.tsc = self._tsc_seen = max(core.rdtsc(), self.platform.tsc)
         self.platform.events.counts["vm_exit"] += 1
         return reason
+
+    def _follow_tsc(self) -> None:
+        """The TSCs of a machine run in step: catch up with a processor whose virtual TSC has gone further."""
+        latest = self._tsc_seen = self.platform.tsc
+        behind = latest - self.core.rdtsc()
+        if behind > 0:
+            self.core.advance_tsc(behind)
 
     def retired_instructions(self) -> int:
         """IA32_FIXED_CTR0 over non-root mode. A guest engine executes no code: it counts as having run much of it."""

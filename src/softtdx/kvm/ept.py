@@ -23,7 +23,7 @@ class Ept:
     """Four or five levels of tables. GPAs are given without the shared bit. The caller holds the MMU lock."""
 
     def __init__(self, memory: HostMemory, *, levels: int, shared_bit: int = 0) -> None:
-        """An empty table; `shared_bit` for one that a TD uses, whose walks are by the whole GPA (kvm_gfn_direct_bits)."""
+        """An empty table; `shared_bit` for one that a TD uses: its walks are by the whole GPA (kvm_gfn_direct_bits)."""
         self._memory = memory
         self.levels = levels
         self._bits = shared_bit

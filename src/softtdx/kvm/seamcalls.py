@@ -22,9 +22,11 @@ BUSY = frozenset({Status.OPERAND_BUSY, Status.OPERAND_BUSY_HOST_PRIORITY})
 
 def seamcall(lp: LogicalProcessor, leaf: Leaf, version: int = 0, **operands: int) -> Registers:
     """One SEAMCALL; a lack of entropy is tried again, as the kernel does."""
-    regs = Registers()
     for _ in range(_ENTROPY_RETRIES):
-        regs = Registers(rax=rax_for(leaf, version), **operands)
+        regs = Registers()
+        regs.rax = rax_for(leaf, version)
+        for name, value in operands.items():
+            setattr(regs, name, value)
         lp.seamcall(regs)
         if regs.rax == 0 or status_of(regs.rax) is not Status.RND_NO_ENTROPY:
             break

@@ -14,7 +14,7 @@ from softtdx.kvm import seamcalls as sc
 from softtdx.kvm.errors import KvmError
 from softtdx.kvm.lapic import NOTIFICATION_VECTOR
 from softtdx.kvm.memory import PAGE
-from softtdx.kvm.mmu import Fault, private_fault, shared_fault
+from softtdx.kvm.mmu import Fault, pre_fault_private, private_fault, shared_fault
 from softtdx.kvm.tdvmcall import handle_tdvmcall
 from softtdx.kvm.tdx import TdState, TdxVm
 from softtdx.kvm.uapi import CpuidEntry, TdxInitMemRegion
@@ -142,6 +142,16 @@ class TdxVcpu(VcpuOps):
                 for element in (0, 1)
             )
         return low, high
+
+    def pre_fault_memory(self, gpa: int, size: int) -> None:
+        """KVM_PRE_FAULT_MEMORY: private pages are given before the TD touches them. EOPNOTSUPP until it is final."""
+        if self.td.state is not TdState.RUNNABLE:
+            raise KvmError(errno.EOPNOTSUPP, "KVM_PRE_FAULT_MEMORY before KVM_TDX_FINALIZE_VM")
+        at, end, cpus = gpa, gpa + size, self.vcpu.vm.host.cpus
+        with cpus.run(self.vcpu.cpu) as lp:
+            while at < end:
+                at = pre_fault_private(self.vcpu, lp, self.td.secure, at, end)
+                cpus.yield_if_wanted(lp)
 
     # --- scheduling
     def load(self, lp: LogicalProcessor) -> None:

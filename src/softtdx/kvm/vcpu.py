@@ -11,6 +11,7 @@ from softtdx.abi.kvm import KvmExit
 from softtdx.hw import LogicalProcessor
 from softtdx.kvm.errors import KvmError
 from softtdx.kvm.lapic import LocalApic
+from softtdx.kvm.memory import PAGE
 from softtdx.kvm.uapi import CpuidEntry, KvmRun, Regs, Sregs
 
 if TYPE_CHECKING:
@@ -64,6 +65,12 @@ class Vcpu:
         if self.vm.dead or self.vm.closed:
             raise KvmError(errno.EIO, "the VM is dead")
         return self.ops.memory_encrypt_op(command, argument)
+
+    def pre_fault_memory(self, gpa: int, size: int) -> None:
+        """KVM_PRE_FAULT_MEMORY. EINVAL for a misaligned or empty range, ENOENT where there is no memory."""
+        if gpa % PAGE or size % PAGE or size <= 0 or gpa < 0:
+            raise KvmError(errno.EINVAL, f"KVM_PRE_FAULT_MEMORY of {gpa:#x}+{size:#x}")
+        self.ops.pre_fault_memory(gpa, size)
 
     # --- running
     def run(self) -> KvmRun:

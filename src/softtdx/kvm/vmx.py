@@ -20,8 +20,8 @@ from softtdx.kvm import emulate
 from softtdx.kvm.ept import Ept
 from softtdx.kvm.errors import KvmError
 from softtdx.kvm.lapic import NOTIFICATION_VECTOR
-from softtdx.kvm.mmio import MAX_INSTRUCTION, MmioInstruction, decode_mmio
 from softtdx.kvm.memory import PAGE
+from softtdx.kvm.mmio import MAX_INSTRUCTION, MmioInstruction, decode_mmio
 from softtdx.kvm.mmu import Fault, shared_fault, walk_guest
 from softtdx.kvm.uapi import IoExit, MmioExit, MsrExit, Regs, Segment, Sregs
 from softtdx.kvm.vcpu import Vcpu
@@ -47,7 +47,7 @@ _MSR_BITMAP_OPEN = (  # the guest reads and writes these without an exit
 )  # fmt: skip
 _MSR_BITMAP_READ = (Msr.X2APIC_TPR, Msr.X2APIC_PPR, *range(Msr.X2APIC_ISR0, Msr.X2APIC_ESR))  # from the virtual APIC
 _MSR_BITMAP_WRITE = (Msr.X2APIC_TPR, Msr.X2APIC_EOI, Msr.X2APIC_SELF_IPI)
-_IN_VMCS = {Msr.EFER: vmcs.GUEST_IA32_EFER, Msr.PAT: vmcs.GUEST_IA32_PAT}
+_IN_VMCS: dict[int, int] = {Msr.EFER: vmcs.GUEST_IA32_EFER, Msr.PAT: vmcs.GUEST_IA32_PAT}
 _PAT_RESET, _PAT_TYPES = 0x0007_0406_0007_0406, (0, 1, 4, 5, 6, 7)
 _PPR = 0xA0  # in the virtual-APIC page
 _VALID = 1 << 31  # of interruption information

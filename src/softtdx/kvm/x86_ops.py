@@ -82,6 +82,10 @@ class VcpuOps(ABC):
     def free(self) -> None:
         """The vCPU is gone."""
 
+    def pre_fault_memory(self, gpa: int, size: int) -> None:
+        """KVM_PRE_FAULT_MEMORY: EOPNOTSUPP where faults are all there is."""
+        raise KvmError(errno.EOPNOTSUPP, f"KVM_PRE_FAULT_MEMORY of {gpa:#x}+{size:#x} for this type of VM")
+
     # --- time and interrupts, for the local APIC
     def guest_tsc(self, lp: LogicalProcessor | None = None) -> int:
         """The guest's TSC now, on `lp` or the processor that the vCPU runs on."""

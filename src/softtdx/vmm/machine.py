@@ -22,12 +22,13 @@ from softtdx.abi.kvm import (
 from softtdx.abi.structs import Attributes
 from softtdx.abi.vmcs import AR_CODE32, AR_DATA32
 from softtdx.attest.getquote import GetQuote
+from softtdx.hw import LogicalProcessor
 from softtdx.kvm import Host, Kvm, KvmError, Vcpu
 from softtdx.kvm.uapi import CpuidEntry, KvmRun, Regs, Segment, Sregs, TdxCapabilities, TdxInitMemRegion, TdxInitVm
 from softtdx.vmm.devices import PortBus
 from softtdx.vmm.errors import MachineError
 from softtdx.vmm.hypercalls import HypercallServices
-from softtdx.vmm.launcher import FIRMWARE_BASE, PAGE, firmware_image, lay_out
+from softtdx.vmm.launcher import FIRMWARE_BASE, PAGE, RANGE_TO_ACCEPT, firmware_image, lay_out
 from softtdx.vmm.payload import Payload
 from softtdx.vmm.quoting import QuotingService
 
@@ -81,6 +82,7 @@ class MachineResult:
     instructions: int = 0
     wall_s: float = 0.0
     stats: Counter[str] = field(default_factory=Counter)
+    undefined: list[str] = field(default_factory=list)  # instructions that raised #UD for want of support
 
     @property
     def ok(self) -> bool:
@@ -108,11 +110,12 @@ class Machine:
         self._ending: MachineResult | None = None
         self._idle: set[int] = set()
         self._wakes = 0
+        self._woken: dict[int, int] = {}
         self._ports = PortBus(self._output, self._exit, self._park, self._wake)
         self.kvm = Kvm(host)
         try:
             self.vm = self.kvm.create_vm(KVM_X86_DEFAULT_VM if self.config.vm else KVM_X86_TDX_VM)
-            get_quote = GetQuote(quoting.quote) if quoting is not None else None
+            get_quote = GetQuote(quoting.quote, threaded=quoting.asynchronous) if quoting is not None else None
             self._services = HypercallServices(self.vm, get_quote)
             self.vcpus: list[Vcpu] = []
             if not self.config.vm:
@@ -151,9 +154,23 @@ class Machine:
         """Put launcher and payload into memory and make the vCPUs. MachineError when they do not fit."""
         layout = lay_out(payload, self.config.memory, self.config.vcpus)
         self.load_contents([(FIRMWARE_BASE, firmware_image(layout)), *layout.present])
+        if self.config.vm:
+            return
+        try:
+            for base, size, kind in layout.ranges():
+                if kind == RANGE_TO_ACCEPT:  # the launcher will accept all of it, so spare it the faults
+                    self.vcpus[0].pre_fault_memory(base, size)
+        except KvmError as error:
+            raise MachineError(f"the machine cannot be built: {error.strerror}") from error
 
     def load_contents(self, contents: list[tuple[int, bytes]]) -> None:
         """The same with any initial memory: (GPA, whole pages), the firmware below 4 GiB first."""
+        free = self.host.memory.free_pages * PAGE
+        if self.config.memory > free:
+            raise MachineError(
+                f"the machine is to have {self.config.memory >> 20} MiB of memory, the simulated host has {free >> 20} MiB "
+                "free; give --memory less, or --platform with more ram and cmrs"
+            )
         try:
             self._add_memory(0, 0, self.config.memory)
             self._add_memory(1, contents[0][0], len(contents[0][1]))
@@ -209,7 +226,7 @@ class Machine:
     # --- running
     def run(self) -> MachineResult:
         """Run until the guest ends, or `stop`. KeyboardInterrupt stops the machine and is passed on."""
-        start, before = perf_counter(), self._instructions()
+        start, before, undefined = perf_counter(), self._instructions(), self._undefined()
         threads = [
             threading.Thread(target=self._run_vcpu, args=(vcpu,), name=f"vcpu{vcpu.vcpu_id}", daemon=True)
             for vcpu in self.vcpus
@@ -229,6 +246,7 @@ class Machine:
         assert result is not None
         result.console, result.wall_s = bytes(self._console), perf_counter() - start
         result.instructions, result.stats = self._instructions() - before, self.vm.stats
+        result.undefined = sorted(self._undefined() - undefined)
         result.mrtd = self.mrtd()
         return result
 
@@ -248,6 +266,7 @@ class Machine:
 
     def close(self) -> None:
         """Tear the machine down: every page and KeyID goes back."""
+        self._services.close()
         self.vm.close()
         self.kvm.mm.close()
 
@@ -256,6 +275,10 @@ class Machine:
             while thread.is_alive():
                 vcpu.kick()
                 thread.join(0.01)
+
+    def _undefined(self) -> set[str]:
+        """What the simulated processors could not execute so far, disassembled."""
+        return {text for lp in self.host.platform.lps for text in self.host.cpus.call_on(lp.index, _undefined_on)}
 
     def _instructions(self) -> int:
         return sum(vcpu.instructions for vcpu in self.vcpus)
@@ -278,7 +301,7 @@ class Machine:
         elif reason is KvmExit.HYPERCALL and run.hypercall is not None:
             self._services.hypercall(run.hypercall)
         elif reason is KvmExit.TDX and run.tdx is not None:
-            self._services.tdx(run.tdx)
+            self._services.tdx(run.tdx, vcpu.vcpu_id)
         elif reason is KvmExit.HLT:
             self._wait(vcpu.vcpu_id, lambda: False)
         elif reason is KvmExit.MMIO and run.mmio is not None:
@@ -307,9 +330,9 @@ class Machine:
         self._finish(MachineResult(End.EXIT, status, "" if status == 0 else f"the guest ended with status {status}"))
 
     def _park(self, vcpu: int) -> None:
-        with self._lock:
-            seen = self._wakes
-        self._wait(vcpu, lambda: self._wakes != seen)
+        # A wake-up that came before the vCPU parked counts, so that none is lost.
+        self._wait(vcpu, lambda: self._wakes != self._woken.get(vcpu, 0))
+        self._woken[vcpu] = self._wakes
 
     def _wake(self) -> None:
         with self._lock:
@@ -319,6 +342,8 @@ class Machine:
     def _wait(self, vcpu: int, awake: Callable[[], bool]) -> None:
         """The vCPU sleeps until `awake`; when all sleep and nothing is left to wake one, the machine has halted."""
         with self._lock:
+            if awake():
+                return
             self._idle.add(vcpu)
             if len(self._idle) == len(self.vcpus):
                 self._finish(MachineResult(End.HALTED))
@@ -331,3 +356,7 @@ class Machine:
             if self._ending is None:
                 self._ending = result
             self._lock.notify_all()
+
+
+def _undefined_on(lp: LogicalProcessor) -> list[str]:
+    return lp.core.undefined()

@@ -242,6 +242,7 @@ def vp_flush(call: Call) -> None:
         vcpu.wr8(tdvps.VM_LAUNCHED + vm, 0)
     vcpu.unbind()
     lp.last_tdvpr = 0
+    lp.residents.pop(regs.rcx, None)
 
 
 @seamcall(SeamcallLeaf.VP_ENTER)

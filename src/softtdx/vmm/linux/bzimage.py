@@ -51,8 +51,8 @@ class BzImage:
         need = self.preferred_address + room + -(-initrd // 4096) * 4096
         if need > min(low_memory, self.initrd_max + 1) if initrd else need > low_memory:
             raise PayloadError(
-                f"the kernel {self.name!r} with an initrd of {initrd >> 10} KiB needs {-(-need >> 20)} MiB below the end "
-                f"of memory, the machine has {low_memory >> 20} MiB; give --memory more"
+                f"the kernel {self.name!r} with an initrd of {initrd >> 10} KiB needs {-(-need >> 20)} MiB of memory, "
+                f"the machine has {low_memory >> 20} MiB; give --memory more"
             )
 
 
@@ -64,7 +64,7 @@ def load_bzimage(path: str | Path) -> BzImage:
             raise PayloadError(f"the kernel {str(path)!r} is a folder; give a bzImage")
         size = file.stat().st_size
         if size > MAX_FILE:
-            raise PayloadError(f"the kernel {str(path)!r} has {size} bytes; more than {MAX_FILE >> 20} MiB is not taken")
+            raise PayloadError(f"the kernel {str(path)!r} has {size} bytes; the limit is {MAX_FILE >> 20} MiB")
         data = file.read_bytes()
     except OSError as error:
         raise PayloadError(f"cannot read the kernel {str(path)!r}: {error.strerror}") from error

@@ -50,9 +50,7 @@ class MemoryMap:
     def of(cls, memory: int) -> "MemoryMap":
         """`memory` bytes of RAM, in whole 2 MiB. MachineError for less than the firmware needs, or too much."""
         if memory % GRAIN:
-            raise MachineError(
-                f"{memory} bytes of memory are not a multiple of 2 MiB; give --memory as 512M or 1G"
-            )
+            raise MachineError(f"{memory} bytes of memory are not a multiple of 2 MiB; give --memory as 512M or 1G")
         low = min(memory, BOOT_WINDOW)
         if low <= USABLE_FROM:
             raise MachineError(f"{memory >> 20} MiB of memory are too little to boot Linux; give --memory 256M or more")

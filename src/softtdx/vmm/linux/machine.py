@@ -7,16 +7,21 @@ from enum import IntEnum
 from softtdx._silicon import PAYLOADS
 from softtdx.abi.kvm import KvmExit, TdxCommand
 from softtdx.kvm import Host, KvmError, Vcpu
-from softtdx.kvm.uapi import CpuidEntry, IoExit, KvmRun
+from softtdx.kvm.uapi import CpuidEntry, IoExit, KvmRun, MmioExit
 from softtdx.vmm.errors import MachineError
+from softtdx.vmm.hypercalls import GuestSharedMemory
 from softtdx.vmm.linux.acpi import RESET_PORT, RESET_VALUE, SLEEP_CONTROL_PORT, SLEEP_TYPE_S5
 from softtdx.vmm.linux.bzimage import BzImage
 from softtdx.vmm.linux.cpuid import guest_cpuid
-from softtdx.vmm.linux.layout import BOOT_WINDOW, FIRMWARE_BASE, MemoryMap
+from softtdx.vmm.linux.initramfs import STATUS_PREFIX, USERSPACE
+from softtdx.vmm.linux.layout import BOOT_WINDOW, FIRMWARE_BASE, PCI_WINDOW, PCI_WINDOW_SIZE, MemoryMap
 from softtdx.vmm.linux.window import build_window
 from softtdx.vmm.machine import End, Machine, MachineConfig, MachineResult
+from softtdx.vmm.pci import ADDRESS_PORT, DATA_PORT, PciBus
 from softtdx.vmm.quoting import QuotingService
 from softtdx.vmm.rtc import INDEX_PORT, CmosClock
+from softtdx.vmm.virtio import VirtioConsole, VirtioPci
+from softtdx.vmm.virtio.device import VirtioDevice
 
 __all__ = ["LinuxMachine", "Stage"]
 
@@ -37,6 +42,7 @@ class Stage(IntEnum):
     KERNEL = 4
     DRIVERS = 5
     CONSOLE = 6
+    USERSPACE = 7
 
 
 class LinuxMachine(Machine):
@@ -54,8 +60,18 @@ class LinuxMachine(Machine):
         super().__init__(host, config, console=console, quoting=quoting)
         self.vm.create_irqchip()
         self.stage = Stage.OFF
+        self.exit_status: int | None = None
+        self._status_text = b""
         self._window_hva: int | None = None
         self._clock = CmosClock()
+        self.pci = PciBus(PCI_WINDOW, PCI_WINDOW_SIZE)
+        self._shared = GuestSharedMemory(self.vm)
+        self.console = VirtioConsole(self._shared, self._print)
+        self._plug(self.console)
+        self._plug(VirtioConsole(self._shared, self._status_channel))
+
+    def _plug(self, device: VirtioDevice) -> None:
+        self.pci.add(VirtioPci(device, self.vm.signal_msi))
 
     def load_kernel(self, kernel: BzImage, initrd: bytes, command_line: str) -> None:
         """Put firmware and boot window into memory and make the vCPUs. MachineError, PayloadError: they do not fit."""
@@ -86,6 +102,9 @@ class LinuxMachine(Machine):
     def _handle(self, vcpu: Vcpu, run: KvmRun) -> None:
         if run.exit_reason is KvmExit.IO and run.io is not None and self._port(run.io):
             return
+        if run.exit_reason is KvmExit.MMIO and run.mmio is not None:
+            self._mmio(run.mmio)
+            return
         super()._handle(vcpu, run)
 
     def _port(self, io: IoExit) -> bool:
@@ -96,6 +115,11 @@ class LinuxMachine(Machine):
         elif io.port == _PAUSE_PORT:
             time.sleep(_PAUSE)
             io.value = 0
+        elif ADDRESS_PORT <= io.port < DATA_PORT + 4:
+            if io.write:
+                self.pci.write_port(io.port, io.value, io.size)
+            else:
+                io.value = self.pci.read_port(io.port, io.size)
         elif io.port in (INDEX_PORT, INDEX_PORT + 1):
             if io.write:
                 self._clock.write(io.port, io.value & 0xFF)
@@ -103,14 +127,44 @@ class LinuxMachine(Machine):
                 io.value = self._clock.read(io.port)
         elif io.port == SLEEP_CONTROL_PORT and io.write:
             if io.value & _SLEEP_ENABLE and io.value >> 2 & 7 == SLEEP_TYPE_S5:
-                self._finish(MachineResult(End.EXIT, self.exit_status, ""))
+                self._finish(MachineResult(End.EXIT, self.exit_status or 0))
         elif io.port == RESET_PORT and io.write and io.value == RESET_VALUE:
-            self._finish(MachineResult(End.EXIT, self.exit_status, "the guest asked for a reset"))
+            self._reset()
         else:
             return False
         return True
 
-    exit_status = 0
+    def _reset(self) -> None:
+        """What a kernel does after a panic (panic=-1), and a user who says reboot."""
+        text = bytes(self._console).decode("utf-8", "replace")
+        panic = next((line for line in reversed(text.splitlines()) if "Kernel panic" in line), None)
+        if panic is not None:
+            self._finish(MachineResult(End.CRASH, message=panic.strip()))
+        else:
+            self._finish(MachineResult(End.EXIT, self.exit_status or 0, "the guest asked for a reset"))
+
+    def _mmio(self, access: MmioExit) -> None:
+        """Loads and stores where there is no memory: a device's BAR, or nobody."""
+        if access.write:
+            self.pci.write_memory(access.gpa, access.value, access.size)
+        else:
+            value = self.pci.read_memory(access.gpa, access.size)
+            access.value = (1 << 8 * access.size) - 1 if value is None else value
+
+    def _print(self, data: bytes) -> None:
+        """Output of the virtio console."""
+        self.stage = max(self.stage, Stage.CONSOLE)
+        self._output(data)
+
+    def _status_channel(self, data: bytes) -> None:
+        """Lines that our init writes to /dev/hvc1."""
+        self._status_text += data
+        *lines, self._status_text = self._status_text.split(b"\n")
+        for line in map(bytes.strip, lines):
+            if line == USERSPACE:
+                self.stage = Stage.USERSPACE
+            elif line.startswith(STATUS_PREFIX) and line[len(STATUS_PREFIX) :].isdigit():
+                self.exit_status = int(line[len(STATUS_PREFIX) :]) & 0xFF
 
     def _firmware_stage(self, code: int) -> None:
         if self.stage < code <= Stage.KERNEL:
