@@ -58,7 +58,7 @@ impl Cpu {
     fn run_loop(&mut self, cache: &mut Cache) -> Outcome {
         // The block just executed, and the side it was left by.
         let mut left: Option<(u32, usize, u64)> = None;
-        'blocks: loop {
+        loop {
             self.poll();
             if self.attention
                 || self.icount >= self.icount_stop
@@ -69,44 +69,28 @@ impl Cpu {
                     return outcome;
                 }
             }
+            let era = cache.era;
             let chained =
                 left.and_then(|(from, side, _)| cache.follow(from, side, self.code_space));
-            let mut index = match chained {
-                Some(index) => index,
-                None => {
-                    let Some(index) = self.find_block(cache) else {
-                        match self.stopped() {
-                            Next::Go => {
-                                left = None;
-                                continue;
-                            }
-                            Next::Leave(outcome) => return outcome,
+            let index = match chained {
+                Some(index) if cache.fresh(index, &self.mem) => index,
+                _ => match self.next_block(cache, chained) {
+                    Some(index) => {
+                        if let (Some((from, side, page)), true) = (left, era == cache.era) {
+                            let same = page == self.rip & !0xfff;
+                            cache.link(from, side, index, same, self.code_space);
                         }
-                    };
-                    if let Some((from, side, page)) = left {
-                        cache.link(
-                            from,
-                            side,
-                            index,
-                            page == self.rip & !0xfff,
-                            self.code_space,
-                        );
+                        index
                     }
-                    index
-                }
-            };
-            // A block found in place of a stale one may be stale itself.
-            while !cache.fresh(index, &self.mem) && !cache.refresh(index, self) {
-                self.code_space += 1;
-                left = None;
-                match self.find_block(cache) {
-                    Some(found) => index = found,
                     None => match self.stopped() {
-                        Next::Go => continue 'blocks,
+                        Next::Go => {
+                            left = None;
+                            continue;
+                        }
                         Next::Leave(outcome) => return outcome,
                     },
-                }
-            }
+                },
+            };
             let block = &cache.blocks[index as usize];
             self.gpr[BLOCK] = self.rip;
             self.code.pa = block.pa;
@@ -165,6 +149,21 @@ impl Cpu {
                 }
             }
         }
+    }
+
+    /// A block for RIP whose bytes are those in memory. `candidate`: one whose page was written.
+    #[inline(never)]
+    fn next_block(&mut self, cache: &mut Cache, candidate: Option<u32>) -> Option<u32> {
+        let mut index = match candidate {
+            Some(index) => index,
+            None => self.find_block(cache)?,
+        };
+        while !cache.fresh(index, &self.mem) && !cache.refresh(index, self) {
+            // Forgets what the jump table knows about the block.
+            self.code_space += 1;
+            index = self.find_block(cache)?;
+        }
+        Some(index)
     }
 
     /// The block at RIP: looked up by linear, then by physical address, else decoded. `None`: `stop` says why.

@@ -160,7 +160,9 @@ impl Cpu {
     pub fn push<T: Int>(&mut self, value: T) -> Result<(), Stop> {
         if self.stack_mask == u64::MAX {
             let rsp = self.gpr[RSP].wrapping_sub(T::BYTES);
-            self.store::<T>(rsp, value)?;
+            if let Err(stop) = self.store::<T>(rsp, value) {
+                return Err(self.stack_stop(stop));
+            }
             self.gpr[RSP] = rsp;
             return Ok(());
         }
@@ -171,9 +173,13 @@ impl Cpu {
     pub fn pop<T: Int>(&mut self) -> Result<T, Stop> {
         if self.stack_mask == u64::MAX {
             let rsp = self.gpr[RSP];
-            let value = self.load::<T>(rsp)?;
-            self.gpr[RSP] = rsp.wrapping_add(T::BYTES);
-            return Ok(value);
+            return match self.load::<T>(rsp) {
+                Ok(value) => {
+                    self.gpr[RSP] = rsp.wrapping_add(T::BYTES);
+                    Ok(value)
+                }
+                Err(stop) => Err(self.stack_stop(stop)),
+            };
         }
         self.pop_legacy(T::BYTES).map(T::from64)
     }
