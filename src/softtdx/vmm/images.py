@@ -105,7 +105,7 @@ class _Apt:
             package = newest_kernel(self._search())
         if package is None:
             raise PayloadError(
-                "apt offers no linux-image-6.12*-cloud-amd64: Debian 12 with its security archive, or Debian 13, has it; "
+                "apt offers no linux-image-6.12*-cloud-amd64: Debian 12's security archive and Debian 13 have it; "
                 "add that source, or give softtdx boot a --kernel of your own"
             )
         return package

@@ -1,4 +1,4 @@
-"""Writing a cpio archive in the new ASCII format, which is what an initramfs is (Linux, early-userspace/buffer-format)."""
+"""A cpio archive in the new ASCII format, which is what an initramfs is (Linux, early-userspace/buffer-format)."""
 
 __all__ = ["Archive"]
 

@@ -1,6 +1,7 @@
 """The initramfs of `softtdx boot`: busybox, the TDX guest modules and an init that runs a shell or one command.
 
-/dev/hvc0 is the console. /dev/hvc1 goes to the VMM: `userspace` when init runs, then `status N` of the command.
+/dev/hvc0 is the console. /dev/hvc1 goes to the VMM: `userspace` when init runs, then `status N` of the command. In a TD
+init takes a quote at the end, so that the VMM can tell the RTMRs that the guest attests.
 """
 
 import shlex
@@ -27,7 +28,7 @@ export PATH=/bin HOME=/ TERM=vt100
 for module in {modules}; do insmod /modules/$module.ko; done
 [ -d /sys/kernel/config ] && mount -t configfs config /sys/kernel/config
 {action}
-sync
+{report}
 poweroff -f
 sleep 60
 """
@@ -35,6 +36,11 @@ _SHELL = """echo
 echo "A shell in the initramfs; exit or poweroff ends the machine."
 setsid cttyhack sh
 echo "status $?" > /dev/hvc1"""
+_REPORT = """if [ -d /sys/kernel/config/tsm/report ]; then
+  mkdir /sys/kernel/config/tsm/report/end
+  head -c 64 /dev/zero > /sys/kernel/config/tsm/report/end/inblob
+  cat /sys/kernel/config/tsm/report/end/outblob > /dev/null
+fi"""
 _COMMAND = """sh -c {command}
 echo "status $?" > /dev/hvc1"""
 _MAX_FILE = 256 << 20
@@ -56,7 +62,7 @@ def build_initramfs(images: Images, command: str | None = None, files: dict[str,
         archive.file(f"modules/{file.name}", _read(file))
     for name, source in (files or {}).items():
         archive.file(name.lstrip("/"), _read(source), 0o755)
-    archive.file("init", _INIT.format(modules=" ".join(modules), action=action).encode(), 0o755)
+    archive.file("init", _INIT.format(modules=" ".join(modules), action=action, report=_REPORT).encode(), 0o755)
     return archive.to_bytes()
 
 

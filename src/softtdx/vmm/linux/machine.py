@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from enum import IntEnum
+from typing import BinaryIO
 
 from softtdx._silicon import PAYLOADS
 from softtdx.abi.kvm import KvmExit, TdxCommand
@@ -20,7 +21,7 @@ from softtdx.vmm.machine import End, Machine, MachineConfig, MachineResult
 from softtdx.vmm.pci import ADDRESS_PORT, DATA_PORT, PciBus
 from softtdx.vmm.quoting import QuotingService
 from softtdx.vmm.rtc import INDEX_PORT, CmosClock
-from softtdx.vmm.virtio import VirtioConsole, VirtioPci
+from softtdx.vmm.virtio import VirtioBlock, VirtioConsole, VirtioPci
 from softtdx.vmm.virtio.device import VirtioDevice
 
 __all__ = ["LinuxMachine", "Stage"]
@@ -28,6 +29,7 @@ __all__ = ["LinuxMachine", "Stage"]
 _WINDOW_SLOT, _FIRMWARE_SLOT, _FIRST_RAM_SLOT = range(3)
 _STAGE_PORT = 0x80
 _PAUSE_PORT = 0x511
+_TIMER_PORTS = range(0x40, 0x44)
 _PAUSE = 0.002  # seconds that a read of the pause port takes
 _SLEEP_ENABLE = 1 << 5
 
@@ -73,6 +75,18 @@ class LinuxMachine(Machine):
     def _plug(self, device: VirtioDevice) -> None:
         self.pci.add(VirtioPci(device, self.vm.signal_msi))
 
+    def add_drive(self, file: BinaryIO, *, read_only: bool = False) -> None:
+        """A disk, before the kernel starts. `file` stays open as long as the machine."""
+        self._plug(VirtioBlock(self._shared, file, read_only=read_only))
+
+    def type(self, data: bytes) -> None:
+        """Input on the console."""
+        self.console.feed(data)
+
+    def instructions(self) -> int:
+        """Guest instructions so far."""
+        return self._instructions()
+
     def load_kernel(self, kernel: BzImage, initrd: bytes, command_line: str) -> None:
         """Put firmware and boot window into memory and make the vCPUs. MachineError, PayloadError: they do not fit."""
         config = self.config
@@ -114,6 +128,9 @@ class LinuxMachine(Machine):
                 self._firmware_stage(io.value)
         elif io.port == _PAUSE_PORT:
             time.sleep(_PAUSE)
+            io.value = 0
+        elif io.port in _TIMER_PORTS:
+            # There is no PIT. Counters that read zero end the kernel's attempt to calibrate against one at once.
             io.value = 0
         elif ADDRESS_PORT <= io.port < DATA_PORT + 4:
             if io.write:
