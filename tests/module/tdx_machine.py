@@ -6,6 +6,7 @@ from softtdx.abi.leaves import SeamcallLeaf as Leaf
 from softtdx.abi.status import Status
 from softtdx.abi.structs import SysInfoTable, TdmrInfo, TdParams
 from softtdx.hw import Platform, Registers, preset
+from softtdx.hw.seamops import SeamIdentity
 from softtdx.module import TdxModule
 
 PAGE = 4096
@@ -88,6 +89,8 @@ class Machine:
         table = SysInfoTable.parse(platform.memory.read(platform.seam.base, PAGE, seam=True))
         table.module_hv = table.min_update_hv = table.no_downgrade = 1
         table.num_handoff_pages = 15
+        platform.seamops.seamextend(SeamIdentity(bytes(16), b"\x11" * 48, bytes(48), 0))
+        platform.seamops.database_insert()
         self.module = TdxModule(platform.lps[0]._seam_cpu, bytes(table))
         platform.seam.module = self.module
 

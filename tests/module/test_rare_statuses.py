@@ -122,6 +122,7 @@ def test_a_td_gets_no_report_when_its_module_is_not_in_the_processors_database(m
     td.add_path(0)
     td.add_page(0x1000, b"")
     td.finalize()
+    machine.platform.seamops.database_clear()
     report = tdcall(TdcallLeaf.MR_REPORT, rcx=0x1400, rdx=0x1000, r8=0)
     found = run(machine.lps[0], td.vcpu_pages[0], report)
     assert status(found.host.rax)[0] is Status.NON_RECOVERABLE_TD_CORRUPTED_MD
