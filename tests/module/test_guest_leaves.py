@@ -242,7 +242,8 @@ def find_page(td: Td, gpa: int) -> int:
 @pytest.mark.parametrize(
     ("operands", "operand"),
     [({"rcx": DATA + 1, "rdx": 9}, Operand.RCX), ({"rcx": DATA + 32}, Operand.RCX),
-     ({"rcx": SHARED | DATA}, Operand.RCX), ({"rcx": BEYOND}, Operand.RCX), ({"rcx": DATA, "rdx": 4}, Operand.RDX), ({"rcx": DATA, "rdx": U64}, Operand.RDX)],
+     ({"rcx": SHARED | DATA}, Operand.RCX), ({"rcx": BEYOND}, Operand.RCX), ({"rcx": DATA, "rdx": 4}, Operand.RDX),
+     ({"rcx": DATA, "rdx": U64}, Operand.RDX)],
 )  # fmt: skip
 def test_rtmr_extend_refusals(td, operands, operand):
     refused(td, Status.OPERAND_INVALID, operand, T.MR_RTMR_EXTEND, **operands)
