@@ -41,6 +41,7 @@ from softtdx.hw.registers import Registers
 from . import epoch, tdcs
 from .context import Call
 from .errors import LeafError
+from .fatal import ModuleFatal
 from .pamt import PamtPage
 from .td import LockId, Td
 
@@ -371,7 +372,7 @@ def store(cpu: SeamCpu, at: int, old: int, new: int) -> None:
     """
     while (found := cpu.cas64(at, old, new & ~HP | old & HP)) != old:
         if (found ^ old) & ~HP:
-            raise RuntimeError(f"the locked secure-EPT entry at {at:#x} changed from {old:#x} to {found:#x}")
+            raise ModuleFatal(f"the locked secure-EPT entry at {at:#x} changed from {old:#x} to {found:#x}")
         old = found
 
 

@@ -42,6 +42,7 @@ from softtdx.hw.registers import Registers
 from . import sept, tdcs
 from .context import Call
 from .errors import LeafError
+from .fatal import ModuleFatal
 from .locks import EXCLUSIVE
 from .pamt import PamtPage, lock_implicit
 from .td import Td
@@ -102,7 +103,7 @@ def find(td: Td, vm: int, gpa: int, level: int, *, guest: bool = False) -> tuple
     """The entry that an alias flag promises: (its address, the entry)."""
     at, entry, reached = walk(td, vm, gpa, level, guest=guest)
     if reached != level:
-        raise RuntimeError(f"L2 VM {vm} has no entry at level {level} for GPA {gpa:#x}, the L1 entry says it has")
+        raise ModuleFatal(f"L2 VM {vm} has no entry at level {level} for GPA {gpa:#x}, the L1 entry says it has")
     return at, entry
 
 
