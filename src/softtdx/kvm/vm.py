@@ -2,6 +2,8 @@
 
 import errno
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from threading import RLock
 from typing import TYPE_CHECKING
 
@@ -24,7 +26,11 @@ _MAX_GPA = 1 << 52
 
 
 class Vm:
-    """One VM. Its memory is described by memslots; `mmu_lock` guards everything that maps it."""
+    """One VM. Its memory is described by memslots; `mmu_lock` guards everything that maps it.
+
+    A thread takes a processor first and `mmu_lock` second (`mmu` does both): one that waited for a processor with the
+    lock held could wait for the very threads that wait for the lock on all of them.
+    """
 
     def __init__(self, kvm: "Kvm", vm_type: int) -> None:
         """KVM_CREATE_VM."""
@@ -44,6 +50,12 @@ class Vm:
         self.idle_in_real_time = False
         self.ept: Ept | None = None
         self.ops = choose(self)
+
+    @contextmanager
+    def mmu(self) -> Iterator[None]:
+        """Hold `mmu_lock`, on a processor."""
+        with self.host.cpus.run(), self.mmu_lock:
+            yield
 
     def check_extension(self, cap: int) -> int:
         """KVM_CHECK_EXTENSION on a VM: what depends on its type."""
@@ -79,7 +91,7 @@ class Vm:
         EEXIST for an overlap; EFAULT for user memory that is not mapped.
         """
         self._alive()
-        with self.mmu_lock:
+        with self.mmu():
             old = self.memslots.get(slot)
             if memory_size == 0:
                 if old is None:
@@ -115,7 +127,7 @@ class Vm:
             raise KvmError(errno.EINVAL, f"memory attributes {attributes:#x} are not supported for this VM")
         if address % PAGE or size % PAGE or size <= 0 or address < 0 or address + size > self.memslots.max_gpa:
             raise KvmError(errno.EINVAL, f"memory attributes of {address:#x}+{size:#x}")
-        with self.mmu_lock:
+        with self.mmu():
             for start, end in self.private.set(address, address + size, attributes):
                 if attributes & MEMORY_ATTRIBUTE_PRIVATE:
                     self._zap_shared(start, end)
@@ -182,7 +194,7 @@ class Vm:
             if vcpu.apic is not None:
                 vcpu.apic.free()
         self.vcpus.clear()
-        with self.mmu_lock:
+        with self.mmu():
             for slot in list(self.memslots):
                 if slot.guest_memfd is not None:
                     slot.guest_memfd.unbind(slot.guest_memfd_offset)
@@ -211,7 +223,7 @@ class Vm:
     def _invalidate(self, slot: Memslot, offset: int, size: int) -> None:
         """A hole is punched in the file behind a slot."""
         gpa = slot.gpa + offset - slot.guest_memfd_offset
-        with self.mmu_lock:
+        with self.mmu():
             self.ops.zap_private(gpa, gpa + size)
 
     def _zap_shared(self, start: int, end: int) -> None:
