@@ -5,15 +5,17 @@ import sys
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import BinaryIO
 
 import click
 
 from softtdx.cli.console import SIZE
 from softtdx.cli.terminal import Terminal
 from softtdx.errors import SoftTdxError
+from softtdx.hw import PlatformDescription
 from softtdx.vmm import End, MachineConfig, MachineResult
 from softtdx.vmm.boot import boot_host, describe
-from softtdx.vmm.linux.bzimage import load_bzimage
+from softtdx.vmm.linux.bzimage import BzImage, load_bzimage
 from softtdx.vmm.linux.initramfs import build_initramfs
 from softtdx.vmm.linux.machine import LinuxMachine
 from softtdx.vmm.linux.report import boot_report
@@ -23,6 +25,8 @@ from softtdx.vmm.trace import write_trace
 __all__ = ["COMMANDS"]
 
 _MAX_INITRD = 256 << 20
+_GIB, _HIGH_MEMORY = 1 << 30, 1 << 32
+_HOST_MEMORY = 512 << 20  # PAMT, S-EPT, boot window and what else the host needs
 _CONSOLE = "console=hvc0 panic=-1"
 
 
@@ -70,6 +74,8 @@ def boot(
     if vcpus > 1:
         # Virtual TSCs count each processor's own instructions; a kernel wants those of all in step.
         description = replace(description, tsc_real=True)
+    if platform is None:
+        description = _with_room(description, memory)
     line = f"{_CONSOLE} {'quiet ' if command is not None else ''}{append}".strip()
     with ExitStack() as stack:
         host = boot_host(description, tdx=not vm)
@@ -90,7 +96,17 @@ def boot(
     return _status(result, machine.exit_status)
 
 
-def _images(kernel: str | None, initrd: str | None, command: str | None, add: tuple[str, ...]):  # type: ignore[no-untyped-def]
+def _with_room(description: PlatformDescription, memory: int) -> PlatformDescription:
+    """The machine with as much memory above 4 GiB as a guest of this size needs beside the host."""
+    have = sum(size for _, size in description.cmrs)
+    missing = memory + _HOST_MEMORY - have
+    if missing <= 0:
+        return description
+    more = (_HIGH_MEMORY, -(-missing // _GIB) * _GIB)
+    return replace(description, ram=(*description.ram, more), cmrs=(*description.cmrs, more))
+
+
+def _images(kernel: str | None, initrd: str | None, command: str | None, add: tuple[str, ...]) -> tuple[BzImage, bytes]:
     from softtdx.vmm.images import cached_images, pull_images
 
     image = load_bzimage(kernel) if kernel is not None else None
@@ -119,7 +135,7 @@ def _read_initrd(path: str) -> bytes:
         raise SoftTdxError(f"cannot read the initrd {path!r}: {error.strerror}") from error
 
 
-def _open_drive(path: str):  # type: ignore[no-untyped-def]
+def _open_drive(path: str) -> BinaryIO:
     try:
         return Path(path).open("r+b")
     except OSError as error:

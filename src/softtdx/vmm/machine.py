@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from time import perf_counter
+from typing import Self
 
 from softtdx.abi.fields import table
 from softtdx.abi.kvm import (
@@ -128,7 +129,7 @@ class Machine:
             self.kvm.mm.close()
             raise MachineError(f"the machine cannot be built: {error.strerror}") from error
 
-    def __enter__(self) -> "Machine":
+    def __enter__(self) -> Self:
         """Itself."""
         return self
 

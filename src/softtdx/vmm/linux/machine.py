@@ -8,6 +8,7 @@ from typing import BinaryIO
 from softtdx._silicon import PAYLOADS
 from softtdx.abi.kvm import KvmExit, TdxCommand
 from softtdx.kvm import Host, KvmError, Vcpu
+from softtdx.kvm.memory import PAGE
 from softtdx.kvm.uapi import CpuidEntry, IoExit, KvmRun, MmioExit
 from softtdx.vmm.errors import MachineError
 from softtdx.vmm.hypercalls import GuestSharedMemory
@@ -93,6 +94,12 @@ class LinuxMachine(Machine):
         memory = MemoryMap.of(config.memory)
         window = build_window(kernel, initrd, command_line, memory, config.vcpus, td=not config.vm)
         firmware = PAYLOADS["firmware"]
+        free = self.host.memory.free_pages * PAGE
+        if config.memory + len(window) > free:
+            raise MachineError(
+                f"the machine is to have {config.memory >> 20} MiB of memory, the simulated host has {free >> 20} MiB "
+                "free; give --memory less, or --platform with more ram and cmrs"
+            )
         try:
             for slot, (base, size) in enumerate(memory.ranges(), _FIRST_RAM_SLOT):
                 self._add_memory(slot, base, size)
@@ -105,6 +112,8 @@ class LinuxMachine(Machine):
             self._place(FIRMWARE_BASE, firmware)
             if not config.vm:
                 self.vm.memory_encrypt_op(TdxCommand.FINALIZE_VM)
+                for base, size in memory.ranges():  # the firmware will accept all of it, so spare it the faults
+                    self.vcpus[0].pre_fault_memory(base, size)
         except KvmError as error:
             raise MachineError(f"the machine cannot be built: {error.strerror}") from error
 
