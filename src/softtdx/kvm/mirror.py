@@ -82,9 +82,9 @@ class SecureEpt:
         """TDH.MEM.PAGE.ADD with the tables above it: initial memory. EEXIST when something is there."""
         if not self.may_map(gpa, 0):
             raise KvmError(errno.EEXIST, f"private memory is already mapped at GPA {gpa:#x}")
-        self._add_tables(lp, gpa, 0)
-        regs = sc.mem_page_add(lp, self._tdr, gpa, hpa, source)
-        sc.expect(regs, Leaf.MEM_PAGE_ADD)
+        while not self._add_tables(lp, gpa, 0):
+            pass
+        self._retry(partial(sc.mem_page_add, lp, self._tdr, gpa, hpa, source), Leaf.MEM_PAGE_ADD)
         self._mapped(gpa, hpa, 0)
 
     def aug(self, lp: LogicalProcessor, gpa: int, hpa: int, level: int) -> bool:
