@@ -115,6 +115,7 @@ class Machine:
         self._ending: MachineResult | None = None
         self._idle: set[int] = set()
         self._wakes = 0
+        self._mrtd: bytes | None = None
         self._woken: dict[int, int] = {}
         self._ports = PortBus(self._output, self._exit, self._park, self._wake)
         self.kvm = Kvm(host)
@@ -187,6 +188,7 @@ class Machine:
                 self._place(gpa, data)
             if not self.config.vm:
                 self.vm.memory_encrypt_op(TdxCommand.FINALIZE_VM)
+                self._mrtd = self._read_mrtd()
         except KvmError as error:
             raise MachineError(f"the machine cannot be built: {error.strerror}") from error
 
@@ -262,12 +264,15 @@ class Machine:
         self._finish(MachineResult(End.STOPPED, message="stopped"))
 
     def mrtd(self) -> bytes | None:
-        """The TD's MRTD, which a host may read (TDH.MNG.RD); None for an ordinary VM."""
+        """The TD's MRTD, final once the TD is; None before, and for an ordinary VM."""
+        return self._mrtd
+
+    def _read_mrtd(self) -> bytes:
+        """TDH.MNG.RD, while the TD is sure to answer: it does not any more once it died."""
         from softtdx.kvm.tdx import TdxVm
 
         ops = self.vm.ops
-        if not isinstance(ops, TdxVm) or self.vm.closed:
-            return None
+        assert isinstance(ops, TdxVm)
         count = table("td")["MRTD"].num_elements
         return b"".join(ops.read_td_field("MRTD", i).to_bytes(8, "little") for i in range(count))
 
