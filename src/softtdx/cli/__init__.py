@@ -44,7 +44,7 @@ _EXIT_INTERRUPTED = 128 + signal.SIGINT
 class _LazyGroup(click.Group):
     """A group that imports a command's module when the command is asked for."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click gives it
         return [name for name, (module, _) in _MODULES.items() if _has_module(module)]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
