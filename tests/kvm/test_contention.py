@@ -1,4 +1,4 @@
-"""A module that is busy: any SEAMCALL may say OPERAND_BUSY, as when another processor holds a lock, and nothing is lost."""
+"""A busy module: any SEAMCALL may say OPERAND_BUSY, as when another processor holds a lock, and nothing is lost."""
 
 import random
 from contextlib import contextmanager

@@ -84,7 +84,8 @@ class GuestMemfd:
         return len(self._pages)
 
     def close(self) -> None:
-        """The last reference is gone: free every page. The VM has unmapped them."""
+        """The last reference is gone: free every page. One that TDX did not give back is lost, not reused."""
+        self._pages = {index: pa for index, pa in self._pages.items() if not self._memory.is_tdx(pa)}
         self._free(range(self.size // PAGE))
 
     def _free(self, indexes: range) -> None:

@@ -107,6 +107,10 @@ class HostMemory:
         with self._lock:
             return Counter(self._tdx_pages.values())
 
+    def is_tdx(self, pa: int) -> bool:
+        """Whether TDX owns the page."""
+        return pa in self._tdx_pages
+
     def leaked(self) -> Iterable[int]:
         """The pages that TDX owns."""
         with self._lock:

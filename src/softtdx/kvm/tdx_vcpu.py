@@ -214,7 +214,7 @@ class TdxVcpu(VcpuOps):
             sc.vp_wr(lp, self.tdvpr, table("vp")[_PEND_NMI].field_id, 1)
         regs = self.regs
         regs.rax, regs.rcx = Leaf.VP_ENTER, self.tdvpr
-        lp.seamcall(regs)
+        sc.enter(lp, regs)
 
     def handle_exit(self, lp: LogicalProcessor) -> bool:
         """Answer a TD exit; False to go to user space."""

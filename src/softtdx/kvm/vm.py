@@ -181,14 +181,21 @@ class Vm:
 
     # --- the end
     def close(self) -> None:
-        """The last reference is gone: vCPUs, memory, keys, in the order that the module demands. No thread runs it."""
+        """The last reference is gone: vCPUs, memory, keys, in the order that the module demands. No thread runs it.
+
+        KvmError, after everything else was freed, when the module would not give back what it has: that is leaked.
+        """
         if self.closed:
             return
         self.closed = True
-        for vcpu in self.vcpus.values():
-            vcpu.leave_guest()
-            vcpu.ops.flush()
-        self.ops.release()
+        trouble: KvmError | None = None
+        try:
+            for vcpu in self.vcpus.values():
+                vcpu.leave_guest()
+                vcpu.ops.flush()
+            self.ops.release()
+        except KvmError as error:
+            trouble = error
         for vcpu in self.vcpus.values():
             vcpu.ops.free()
             if vcpu.apic is not None:
@@ -208,6 +215,8 @@ class Vm:
         self.files.clear()
         if self in self.kvm.vms:
             self.kvm.vms.remove(self)
+        if trouble is not None:
+            raise trouble
 
     def _alive(self) -> None:
         if self.dead or self.closed:
