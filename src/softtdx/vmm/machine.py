@@ -176,8 +176,8 @@ class Machine:
         free = self.host.memory.free_pages * PAGE
         if self.config.memory > free:
             raise MachineError(
-                f"the machine is to have {self.config.memory >> 20} MiB of memory, the simulated host has {free >> 20} MiB "
-                "free; give --memory less, or --platform with more ram and cmrs"
+                f"the machine is to have {self.config.memory >> 20} MiB of memory, the simulated host has only "
+                f"{free >> 20} MiB free; give --memory less, or --platform with more ram and cmrs"
             )
         try:
             self._add_memory(0, 0, self.config.memory)
