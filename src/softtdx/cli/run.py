@@ -2,13 +2,16 @@
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
 
 from softtdx.cli.console import SIZE, LiveConsole, result_json
 from softtdx.errors import SoftTdxError
-from softtdx.vmm import End, Machine, MachineConfig, MachineResult, load_payload
+from softtdx.kvm import Host
+from softtdx.vmm import End, Machine, MachineConfig, MachineResult, Payload, load_payload
 from softtdx.vmm.boot import boot_host, describe
 from softtdx.vmm.quoting import QuotingService
 from softtdx.vmm.trace import write_trace
@@ -25,6 +28,9 @@ __all__ = ["COMMANDS"]
 @click.option("--platform", type=click.Path(), metavar="FILE.toml", help="The machine to simulate.")
 @click.option("--quote-out", type=click.Path(), metavar="FILE", help="Write the quote that the guest asked for.")
 @click.option("--trace", type=click.Path(), metavar="FILE", help="Write every wall crossing as JSON lines.")
+@click.option(
+    "--record", type=click.Path(), metavar="DIR", help="Record the TDX module's answers there, for `softtdx replay`."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end instead of the live console.")
 def run(
     payload: str,
@@ -35,6 +41,7 @@ def run(
     platform: str | None,
     quote_out: str | None,
     trace: str | None,
+    record: str | None,
     as_json: bool,
 ) -> int:
     """Run PAYLOAD, a freestanding ELF64 or flat binary, as a trust domain.
@@ -46,9 +53,33 @@ def run(
         raise SoftTdxError(
             "an ordinary VM has no ATTRIBUTES and no quote: --vm goes without --debug-td and --quote-out"
         )
+    if vm and record:
+        raise SoftTdxError("an ordinary VM does not use the TDX module: --vm goes without --record")
     program = load_payload(payload)
     config = MachineConfig(memory=memory, vcpus=vcpus, vm=vm, debug_td=debug_td)
-    host = boot_host(describe(platform), tdx=not vm)
+    with _host(platform, tdx=not vm, record=record) as host:
+        return _run(host, program, config, quote_out, trace, as_json=as_json)
+
+
+@contextmanager
+def _host(platform: str | None, *, tdx: bool, record: str | None) -> Iterator[Host]:
+    """The machine that is described, with its host kernel up; with `record`, all calls of its TDX module go there."""
+    if record is None:
+        yield boot_host(describe(platform), tdx=tdx)
+        return
+    from softtdx.replay import record as recording
+    from softtdx.seamldr import development_release
+
+    host = boot_host(describe(platform), tdx=False)
+    with recording(host.platform, record):
+        host.enable_tdx(development_release())
+        yield host
+
+
+def _run(
+    host: Host, program: Payload, config: MachineConfig, quote_out: str | None, trace: str | None, *, as_json: bool
+) -> int:
+    vm = config.vm
     events = host.platform.events
     quoting = None if vm else QuotingService(host.platform)
     live = None if as_json else LiveConsole()
