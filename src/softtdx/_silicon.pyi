@@ -151,6 +151,8 @@ class Core:
         """Through the live guest's page tables and EPT without side effects; SiliconFault if it does not translate."""
     def guest_write(self, gla: int, data: bytes) -> None: ...
     # --- counters
+    retired: int
+    """Instructions retired in non-root mode: `counters()["instructions"]` for who asks at every entry. Read only."""
     def counters(self) -> dict[str, int]:
         """instructions, lookups, decoded, tlb_fills, exits, undefined (instructions that raised #UD for want of
         support), ... While the processor runs: as of its last exit or pause."""

@@ -366,6 +366,11 @@ impl Core {
         self.bus(py, |c| c.guest_write(gla, data))
     }
 
+    /// Instructions retired in non-root mode.
+    #[getter]
+    fn retired(&self) -> PyResult<u64> {
+        Ok(self.cpu()?.icount)
+    }
     fn counters<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let counters = PyDict::new(py);
         let list = match self.cpu.try_lock() {

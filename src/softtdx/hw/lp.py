@@ -169,7 +169,7 @@ class LogicalProcessor:
         """IA32_FIXED_CTR0 over non-root mode. A guest engine executes no code: it counts as having run much of it."""
         if self.guest_engine is not None:
             return self.platform.events.counts["vm_exit"] << 16
-        return self.core.counters()["instructions"]
+        return self.core.retired
 
     # --- interrupts, from any thread
     def interrupt(self) -> None:

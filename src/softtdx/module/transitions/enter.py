@@ -35,7 +35,7 @@ from ..locks import SHARED
 from ..td import LockId, check_op_state, open_td_of
 from . import stepping, xstate
 from .guest import Guest, Resume, TdExit, Vmcall
-from .leave import leave_async, leave_vmcall, selected_registers
+from .leave import DEBUG_AND_XCR0, leave_async, leave_vmcall, selected_registers
 from .lp import LpState, lp_state
 from .msrs import load_guest_msrs
 from .resident import Resident
@@ -245,10 +245,8 @@ def _restore_state(guest: Guest) -> None:
         xstate.restore(guest)
     except ValueError:
         raise _extended_state_failure() from None
-    words = memoryview(cpu.read(vp + tdvps.DR0, 56)).cast("Q")
-    core.dr = list(words[:5])
-    core.xcr0 = words[5]
-    core.cr2 = words[6]
+    *dr, core.xcr0, core.cr2 = DEBUG_AND_XCR0.unpack(cpu.read(vp + tdvps.DR0, DEBUG_AND_XCR0.size))
+    core.dr = dr
     core.wrmsr(XSS, cpu.rd64(vp + tdvps.IA32_XSS))
     if not guest.perfmon:
         cpu.vmwrite(vmcs.PERF_GLOBAL_CTRL, (core.rdmsr(PERF_GLOBAL_CTRL) or 0) | FIXED_COUNTER_0)

@@ -122,7 +122,7 @@ class Guest:
         "associated", "attributes", "bus_lock", "call", "config_flags", "cpu", "curr_vm", "debug", "epoch", "event",
         "filtered", "flags", "g", "gpaw", "gprs", "last_exit", "last_exit_tsc", "last_module", "launched", "pend_nmi",
         "perfmon", "platform", "reason", "regs", "retired", "shared_bit", "state", "stepping", "switched_msrs", "td",
-        "tdc", "vcpu", "version", "virt_maxpa", "vp", "xfam",
+        "tdc", "vcpu", "version", "virt_maxpa", "vp", "xfam", "xstate_area",
     )  # fmt: skip
 
     def __init__(self, call: Call, td: Td, vcpu: Vcpu) -> None:
@@ -150,6 +150,7 @@ class Guest:
         self.gprs: tuple[int, ...] = ()
         self.version = 0
         self.switched_msrs: Any = None  # of `transitions.msrs`
+        self.xstate_area: Any = None  # of `transitions.xstate`
         self.stepping = Stepping()
         self.begin()
 

@@ -21,7 +21,7 @@ from . import xstate
 from .guest import NO_REASON, Guest, TdExit
 from .msrs import HostMsrs, save_guest_msrs, scrub_msrs
 
-__all__ = ["leave_async", "leave_vmcall", "selected_registers"]
+__all__ = ["DEBUG_AND_XCR0", "leave_async", "leave_vmcall", "selected_registers"]
 
 READY: Final = int(VcpuState.READY)
 DISABLED: Final = int(VcpuState.DISABLED)
@@ -39,7 +39,7 @@ DETAIL_VINTR_PENDING: Final = 1 << 0  # VCPU_STATE_DETAILS
 DETAIL_VINTR_IN_SERVICE: Final = 1 << 4
 DETAIL_VNMI_PENDING: Final = 1 << 8
 XMM_COUNT: Final = 16
-_DEBUG_AND_XCR0: Final = struct.Struct("<7Q")  # DR0..DR3, DR6, XCR0, CR2 lie together
+DEBUG_AND_XCR0: Final = struct.Struct("<7Q")  # DR0..DR3, DR6, XCR0, CR2 lie together
 
 
 def leave_async(guest: Guest, stop: TdExit, host: HostMsrs) -> int:
@@ -146,7 +146,7 @@ def _save(guest: Guest, host: HostMsrs, state: int, last_exit: int, *, trap: boo
     cpu.store_gprs(vp + tdvps.GPR_RAX)
     cpu.wr64(vp + tdvps.GPR_RSP_PLACEHOLDER, 0)
     dr = core.dr
-    cpu.write(vp + tdvps.DR0, _DEBUG_AND_XCR0.pack(*dr, core.xcr0, core.cr2))
+    cpu.write(vp + tdvps.DR0, DEBUG_AND_XCR0.pack(*dr, core.xcr0, core.cr2))
     cpu.wr64(vp + tdvps.LAST_EXIT_TSC, cpu.rdtsc())
     cpu.wr8(vp + tdvps.VM_LAUNCHED, guest.launched)
     cpu.wr8(vp + tdvps.VCPU_STATE, state)
