@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import click
@@ -57,33 +57,36 @@ def run(
         raise SoftTdxError("an ordinary VM does not use the TDX module: --vm goes without --record")
     program = load_payload(payload)
     config = MachineConfig(memory=memory, vcpus=vcpus, vm=vm, debug_td=debug_td)
-    with _host(platform, tdx=not vm, record=record) as host:
-        return _run(host, program, config, quote_out, trace, as_json=as_json)
+    with _host(platform, tdx=not vm, record=record, trace=trace) as host:
+        return _run(host, program, config, quote_out, as_json=as_json)
 
 
 @contextmanager
-def _host(platform: str | None, *, tdx: bool, record: str | None) -> Iterator[Host]:
-    """The machine that is described, with its host kernel up; with `record`, all calls of its TDX module go there."""
-    if record is None:
-        yield boot_host(describe(platform), tdx=tdx)
-        return
-    from softtdx.replay import record as recording
-    from softtdx.seamldr import development_release
+def _host(platform: str | None, *, tdx: bool, record: str | None, trace: str | None) -> Iterator[Host]:
+    """The machine that is described, with its host kernel up and, with `tdx`, the TDX module.
 
+    `trace`: every event from the first SEAMCALL on goes there; `record`: all calls of the TDX module go there.
+    """
     host = boot_host(describe(platform), tdx=False)
-    with recording(host.platform, record):
-        host.enable_tdx(development_release())
+    with ExitStack() as stack:
+        stack.enter_context(write_trace(host.platform.events, trace))
+        if record is not None:
+            from softtdx.replay import record as recording
+
+            stack.enter_context(recording(host.platform, record))
+        if tdx:
+            from softtdx.seamldr import development_release
+
+            host.enable_tdx(development_release())
         yield host
 
 
-def _run(
-    host: Host, program: Payload, config: MachineConfig, quote_out: str | None, trace: str | None, *, as_json: bool
-) -> int:
+def _run(host: Host, program: Payload, config: MachineConfig, quote_out: str | None, *, as_json: bool) -> int:
     vm = config.vm
     events = host.platform.events
     quoting = None if vm else QuotingService(host.platform)
     live = None if as_json else LiveConsole()
-    with write_trace(events, trace), Machine(host, config, console=live, quoting=quoting) as machine:
+    with Machine(host, config, console=live, quoting=quoting) as machine:
         machine.load(program)
         result = machine.run()
     if live is not None:
