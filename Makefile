@@ -7,6 +7,8 @@ RUN := $(VENV)/bin/python
 CC ?= cc
 NATIVE := $(shell find native/src native/guests native/build.rs native/Cargo.toml -type f 2>/dev/null)
 
+MODULE := $(shell find src/softtdx/module -name '*.py' 2>/dev/null)
+
 .PHONY: help demo test build check lint fmt types imports cargo-test nightly bench clean
 .DEFAULT_GOAL := help
 
@@ -30,8 +32,12 @@ $(VENV)/.installed: $(VENV)/.tools pyproject.toml $(NATIVE)
 	@$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
-build: $(VENV)/.installed ## Make the environment, build the native core and the signed module image
+# The module image is signed anew when a source of the module changed.
+$(VENV)/.module: $(VENV)/.installed $(MODULE)
 	@$(RUN) -m softtdx.seamldr --quiet
+	@touch $@
+
+build: $(VENV)/.module ## Make the environment, build the native core and the signed module image
 
 # --- the two commands of the README
 

@@ -51,6 +51,8 @@ class Memory:
     # Accesses of an agent on the bus (host software, a device): seam=False may not name a private KeyID.
     def read(self, pa: int, size: int, seam: bool = False) -> bytes: ...
     def write(self, pa: int, data: bytes, seam: bool = False) -> None: ...
+    def cas64(self, pa: int, old: int, new: int, seam: bool = False) -> int:
+        """LOCK CMPXCHG: returns the value found; it was replaced if that equals `old`."""
     # What a probe on the memory bus sees and does; no KeyID in `pa`. Lengths and addresses are free.
     def raw_read(self, pa: int, size: int) -> bytes: ...
     def raw_write(self, pa: int, data: bytes) -> None: ...
@@ -111,8 +113,14 @@ class Core:
     def wrmsr(self, msr: int, value: int) -> None: ...
     def rdtsc(self) -> int:
         """TSC of this platform: virtual and deterministic unless `tsc_real`, see `configure`."""
+    def advance_tsc(self, ticks: int) -> None:
+        """The virtual TSC goes on by `ticks`: the host was idle. From any thread."""
+    def set_host_timer(self, tsc: int | None) -> None:
+        """The processor's own deadline timer: an external interrupt at this TSC value. None disarms it."""
     def configure(self, **options: int | bool) -> None:
-        """cpuid-driven features and limits: gpaw..., `tsc_real`, `tsc_hz`, `pa_bits`; unknown names raise ValueError."""
+        """What this processor is: `tsc_real`, `tsc_hz`, `tsc_per_1024` (virtual TSC ticks for 1024 instructions),
+        `pa_bits`, `vmcs_revision`, `seed` (RDRAND), `cr4_valid`, `xcr0_valid`, `xss_valid`; unknown names raise
+        ValueError."""
     # --- VMX. Field encodings are the SDM's (Appendix B) and the TDX additions (shared EPTP 0x203C, HKID 0x4026).
     def vmclear(self, pa: int) -> None: ...
     def vmptrld(self, pa: int) -> None: ...
@@ -143,8 +151,11 @@ class Core:
         """Through the live guest's page tables and EPT without side effects; SiliconFault if it does not translate."""
     def guest_write(self, gla: int, data: bytes) -> None: ...
     # --- counters
+    retired: int
+    """Instructions retired in non-root mode: `counters()["instructions"]` for who asks at every entry. Read only."""
     def counters(self) -> dict[str, int]:
-        """instructions, blocks, tlb_fills, exits, undefined (instructions that raised #UD for want of support), ..."""
+        """instructions, lookups, decoded, tlb_fills, exits, undefined (instructions that raised #UD for want of
+        support), ... While the processor runs: as of its last exit or pause."""
     def undefined(self) -> list[str]:
         """The instructions, disassembled, that this interpreter could not do and so raised #UD (newest 100)."""
     trace: Callable[[str], None] | None

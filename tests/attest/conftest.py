@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 from attest_platform import ReportingPlatform
 from other_verifiers import LineVerifier, start_go, start_javascript
@@ -48,20 +49,28 @@ def fixture_file() -> Callable[[str], bytes]:
 
 
 @pytest.fixture(scope="session")
-def javascript_verifier(request: pytest.FixtureRequest) -> Iterator[LineVerifier]:
-    verifier = start_javascript(_cache(request))
+def install_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the other verifiers are installed: kept from run to run, where pytest keeps anything."""
+    cache = getattr(request.config, "cache", None)
+    return cache.mkdir("softtdx-verifiers") if cache else tmp_path_factory.mktemp("verifiers")
+
+
+@pytest.fixture(scope="session")
+def javascript_verifier(install_folder: Path) -> Iterator[LineVerifier]:
+    verifier = start_javascript(install_folder)
     yield verifier
     verifier.close()
 
 
 @pytest.fixture(scope="session")
-def go_verifier(request: pytest.FixtureRequest) -> Iterator[LineVerifier]:
-    verifier = start_go(_cache(request))
+def go_verifier(install_folder: Path) -> Iterator[LineVerifier]:
+    verifier = start_go(install_folder)
     yield verifier
     verifier.close()
 
 
-def _cache(request: pytest.FixtureRequest) -> Callable[[str], Path]:
-    cache = request.config.cache
-    assert cache is not None
-    return cache.mkdir
+@pytest.fixture(scope="session")
+def http() -> Iterator[httpx.Client]:
+    """One client for all, for making one takes longer than most requests."""
+    with httpx.Client(timeout=30) as client:
+        yield client

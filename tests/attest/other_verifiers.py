@@ -104,11 +104,11 @@ def _run(command: list[str], folder: Path, what: str) -> None:
         unavailable(f"{what} cannot be installed: {' '.join((done.stderr or done.stdout).split())[-300:]}")
 
 
-def _installed(cache: Callable[[str], Path], name: str, install: Callable[[Path], None]) -> Path:
+def _installed(base: Path, name: str, install: Callable[[Path], None]) -> Path:
     """The folder where a verifier is installed; made once for each version of its sources."""
     sources = sorted((SOURCES / name).iterdir())
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
-    folder = cache("softtdx-verifiers") / f"{name}-{digest}"
+    folder = base / f"{name}-{digest}"
     ready = folder / "ready"
     if not ready.exists():
         shutil.rmtree(folder, ignore_errors=True)
@@ -118,17 +118,18 @@ def _installed(cache: Callable[[str], Path], name: str, install: Callable[[Path]
     return folder
 
 
-def start_javascript(cache: Callable[[str], Path]) -> LineVerifier:
+def start_javascript(base: Path) -> LineVerifier:
     """@phala/dcap-qvl, installed with npm."""
     for tool in ("node", "npm"):
         if shutil.which(tool) is None:
             unavailable(f"@phala/dcap-qvl needs {tool}, which is not installed")
     flags = ["--ignore-scripts", "--no-audit", "--no-fund", "--no-package-lock", "--no-update-notifier"]
-    folder = _installed(cache, "js", lambda at: _run(["npm", "install", *flags], at, "@phala/dcap-qvl"))
+    flags += ["--fetch-retries=1", "--fetch-retry-maxtimeout=3000", "--fetch-timeout=60000"]
+    folder = _installed(base, "js", lambda at: _run(["npm", "install", *flags], at, "@phala/dcap-qvl"))
     return LineVerifier("@phala/dcap-qvl", ["node", "main.js"], folder)
 
 
-def start_go(cache: Callable[[str], Path]) -> LineVerifier:
+def start_go(base: Path) -> LineVerifier:
     """go-tdx-guest, built with Go."""
     if shutil.which("go") is None:
         unavailable("go-tdx-guest needs go, which is not installed")
@@ -137,5 +138,5 @@ def start_go(cache: Callable[[str], Path]) -> LineVerifier:
         (folder / "go.mod.in").rename(folder / "go.mod")
         _run(["go", "build", "-mod=mod", "-o", "verifier", "."], folder, "go-tdx-guest")
 
-    folder = _installed(cache, "go", install)
+    folder = _installed(base, "go", install)
     return LineVerifier("go-tdx-guest", [str(folder / "verifier")], folder)

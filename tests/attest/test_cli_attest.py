@@ -7,6 +7,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,9 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
+from softtdx._silicon import PAYLOADS
 from softtdx.abi.structs import TdInfo
+from softtdx.attest.eventlog import EventLog
 from softtdx.attest.pcs import PcsListener
 from softtdx.attest.qgs import QgsClient
 from softtdx.attest.store import load_pki
@@ -23,6 +26,12 @@ from softtdx.cli.attest import COMMANDS, platform_tcb
 from softtdx.errors import SoftTdxError
 from softtdx.hw.description import preset
 from softtdx.hw.seamops import RandomSource, SeamIdentity, SeamOpsEngine
+from softtdx.kvm.tdx import TdxVm
+from softtdx.vmm import Machine, MachineConfig, load_payload, parse_payload
+from softtdx.vmm.boot import boot_host
+from softtdx.vmm.linux.bzimage import load_bzimage
+from softtdx.vmm.linux.machine import LinuxMachine, Stage
+from softtdx.vmm.quoting import QuotingService
 
 cli = click.Group(commands=COMMANDS)
 
@@ -130,6 +139,19 @@ def test_every_verdict_can_be_set_up_by_a_flag(tmp_path: Path, workplace: Path, 
     assert verdict in result.output.splitlines()[-1]
 
 
+def test_a_new_td_is_quoted_with_the_report_data_asked_for(tmp_path: Path) -> None:
+    ok("quote", "--report-data", "c0ffee", "-o", tmp_path / "quote.dat")
+    ok("pki", "init", tmp_path / "pki")
+    output = ok("verify", tmp_path / "quote.dat", "--pki", tmp_path / "pki", "--report-data", "c0ffee")
+    assert output.splitlines()[-1] == "accepted: UpToDate"
+
+
+def test_a_random_pki_is_like_no_other(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        ok("pki", "init", tmp_path / name, "--random")
+    assert load_pki(tmp_path / "a").root_der != load_pki(tmp_path / "b").root_der
+
+
 def test_what_is_missing_or_wrong_is_said_in_one_line(workplace: Path, tmp_path: Path) -> None:
     quote, pki = workplace / "quote.dat", workplace / "pki"
     assert "cannot be read" in error("verify", tmp_path / "absent", "--pki", pki)
@@ -144,7 +166,9 @@ def test_what_is_missing_or_wrong_is_said_in_one_line(workplace: Path, tmp_path:
         "quote", "--report", _damaged(workplace, tmp_path), "--pki", pki, "-o", tmp_path / "q"
     )
     assert "cannot be written" in error("quote", "--report", workplace / "report.dat", "--pki", pki, "-o", tmp_path)
-    assert "which PKI" in error("quote", "--report", workplace / "report.dat", "-o", tmp_path / "q")
+    assert "--report-data HEX" in error("quote", "-o", tmp_path / "q")
+    assert "at most 64" in error("quote", "--report-data", "00" * 65, "-o", tmp_path / "q")
+    assert "which PKI" in error("qgs", "serve")
     assert "hexadecimal" in error("measure", "rtmr", "zz")
     assert "no answer" in error("quote", "--report", workplace / "report.dat", "--qgs", "1", "-o", tmp_path / "q")
 
@@ -197,20 +221,89 @@ def test_a_log_is_replayed_against_a_quote(
     assert "rtmr3: " + "00" * 48 in ok("events", "replay", log)
 
 
-def test_reference_values_of_a_linux_boot(tmp_path: Path) -> None:
-    (tmp_path / "kernel").write_bytes(b"kernel")
-    found = json.loads(ok("measure", "linux", "--kernel", tmp_path / "kernel", "--append", "quiet", "--json"))
-    assert found["rtmr1"] == hashlib.sha384(bytes(48) + hashlib.sha384(b"kernel").digest()).hexdigest()
+def halting_kernel() -> bytes:
+    """A bzImage whose 64-bit entry halts: enough for the firmware to measure and enter."""
+    data = bytearray(4096)
+    data[0x1F1] = 1
+    data[0x1F4:0x1F8] = ((len(data) - 1024) // 16).to_bytes(4, "little")
+    data[0x1FE:0x200], data[0x202:0x206], data[0x206:0x208] = b"\x55\xaa", b"HdrS", b"\x0f\x02"
+    data[0x22C:0x230], data[0x230:0x234] = (0x7FFF_FFFF).to_bytes(4, "little"), (0x20_0000).to_bytes(4, "little")
+    data[0x234], data[0x236], data[0x238:0x23C] = 1, 3, (2047).to_bytes(4, "little")
+    data[0x258:0x260], data[0x260:0x264] = (0x100_0000).to_bytes(8, "little"), (0x10_0000).to_bytes(4, "little")
+    data[1024 + 0x200 : 1024 + 0x203] = b"\xf4\xeb\xfd"  # hlt; jmp back
+    return bytes(data)
 
 
-@pytest.mark.parametrize("service", ["qgs", "pcs"])
+def test_the_reference_values_of_a_linux_boot_are_what_the_td_then_has(tmp_path: Path) -> None:
+    (tmp_path / "kernel").write_bytes(halting_kernel())
+    (tmp_path / "initrd").write_bytes(b"an initial ramdisk" * 500)
+    files = ("--kernel", tmp_path / "kernel", "--initrd", tmp_path / "initrd", "--append", "console=ttyS0 quiet")
+    log = tmp_path / "ccel.dat"
+    found = json.loads(ok("measure", "linux", *files, "--memory", "64M", "--log", log, "--json"))
+    assert [value for key, value in found.items() if key.startswith("rtmr")] == [
+        value.hex() for value in EventLog.parse(log.read_bytes()).rtmrs()
+    ]
+    with LinuxMachine(boot_host(), MachineConfig(memory=64 << 20, debug_td=True)) as machine:
+        machine.load_kernel(
+            load_bzimage(tmp_path / "kernel"), (tmp_path / "initrd").read_bytes(), "console=ttyS0 quiet"
+        )
+        watch = threading.Thread(target=stop_at_kernel, args=(machine,))
+        watch.start()
+        machine.run()
+        watch.join()
+        ops = machine.vm.ops
+        assert isinstance(ops, TdxVm)
+        words = [ops.read_td_field("RTMR", index).to_bytes(8, "little") for index in range(24)]
+        assert machine.mrtd() == bytes.fromhex(found["mrtd"])
+    rtmrs = b"".join(words)
+    assert [rtmrs[at : at + 48].hex() for at in range(0, 192, 48)] == [found[f"rtmr{number}"] for number in range(4)]
+
+
+def stop_at_kernel(machine: LinuxMachine) -> None:
+    deadline = time.monotonic() + 60
+    while machine.stage < Stage.KERNEL and time.monotonic() < deadline:
+        time.sleep(0.02)
+    machine.stop()
+
+
+def test_the_mrtd_of_a_payload_is_known_before_it_runs(tmp_path: Path) -> None:
+    payload = tmp_path / "demo"
+    payload.write_bytes(PAYLOADS["demo"])
+    program = load_payload(payload)
+    with Machine(boot_host(), MachineConfig(memory=32 << 20, vcpus=2)) as machine:
+        machine.load(program)
+        mrtd = machine.mrtd()
+    assert mrtd is not None
+    assert ok("measure", "payload", payload, "--memory", "32M", "--vcpus", "2") == f"mrtd: {mrtd.hex()}\n"
+
+
+def test_the_quote_that_a_td_asked_for_verifies_under_its_platforms_pki(tmp_path: Path) -> None:
+    host = boot_host()
+    quoting = QuotingService(host.platform)
+    with Machine(host, MachineConfig(memory=32 << 20), quoting=quoting) as machine:
+        machine.load(parse_payload(PAYLOADS["demo"]))
+        result = machine.run()
+    assert quoting.last_quote is not None, result
+    (tmp_path / "quote.dat").write_bytes(quoting.last_quote)
+    ok("pki", "init", tmp_path / "pki")
+    found = json.loads(ok("verify", tmp_path / "quote.dat", "--pki", tmp_path / "pki", "--second-opinion", "--json"))
+    assert (found["status"], found["dcap_qvl"]) == ("UpToDate", "UpToDate")
+    assert result.mrtd is not None
+    assert found["quote"]["body"]["mr_td"] == result.mrtd.hex()
+    assert found["quote"]["body"]["rtmr3"] != "00" * 48  # the demo extends it
+
+
+SAYS = {"qgs": "QGS at", "pcs": "PCS at", "guest-api": "guest API at"}
+
+
+@pytest.mark.parametrize("service", ["qgs", "pcs", "guest-api"])
 def test_a_service_runs_until_interrupted(tmp_path: Path, workplace: Path, report: bytes, service: str) -> None:
     where = ["--listen", f"unix:{tmp_path / 'qgs.socket'}"] if service == "qgs" else ["--port", "0"]
     command = [sys.executable, "-c", "from softtdx.cli import main; main()", service, "serve", "--pki"]
     process = subprocess.Popen([*command, str(workplace / "pki"), *where], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
-        assert service.upper() in process.stdout.readline()
+        assert SAYS[service] in process.stdout.readline()
         if service == "qgs":
             assert QgsClient(tmp_path / "qgs.socket").quote(report)
         time.sleep(0.2)

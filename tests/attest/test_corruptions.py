@@ -6,6 +6,7 @@ written here: anything else is a finding.
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -122,11 +123,13 @@ MAKERS = [(quote_bit, 8), (collateral_bit, 6), (quote_field, 4), (cut, 1), (swap
 
 
 @pytest.fixture(scope="module")
-def cases(pki: Pki, quote_bytes: bytes) -> list[Case]:
+def cases(pki: Pki, platform: ReportingPlatform, enclave: QuotingEnclave) -> list[Case]:
+    """Half of the quotes are of version 4, the others of the three bodies that version 5 has."""
     rng = random.Random(20260101)
     makers, weights = zip(*MAKERS, strict=True)
-    collateral = pki.collateral()
-    return [rng.choices(makers, weights)[0](rng, quote_bytes, collateral) for _ in range(COUNT)]
+    collateral, report = pki.collateral(), platform.report(bytes(range(64)))
+    quotes = [enclave.quote(report)] * 3 + [enclave.quote(report, version=5, body_type=kind) for kind in (2, 3, 4)]
+    return [rng.choices(makers, weights)[0](rng, rng.choice(quotes), collateral) for _ in range(COUNT)]
 
 
 def test_ours_accepts_no_corruption(pki: Pki, cases: list[Case]) -> None:
@@ -134,25 +137,27 @@ def test_ours_accepts_no_corruption(pki: Pki, cases: list[Case]) -> None:
     for case in cases:
         verdict = verifier.verify(case.quote, case.collateral, now=NOW)
         assert verdict.accepted == (case.part in UNPROTECTED), (case.what, verdict.reason)
+    assert sum(case.part not in UNPROTECTED for case in cases) > COUNT * 9 // 10
 
 
 def opinions(verifier: DcapQvl | LineVerifier, cases: Sequence[Case], root: bytes) -> list[Opinion]:
     return [verifier.judge(case.quote, case.collateral, root, NOW) for case in cases]
 
 
-def test_no_independent_verifier_accepts_a_corruption_of_what_it_looks_at(
+def test_the_other_verifiers_accept_no_corruption_of_what_they_look_at(
     pki: Pki, cases: list[Case], javascript_verifier: LineVerifier, go_verifier: LineVerifier
 ) -> None:
-    verifiers: list[DcapQvl | LineVerifier] = [DcapQvl(), javascript_verifier, go_verifier]
-    with ThreadPoolExecutor(len(verifiers)) as pool:
-        found = list(pool.map(lambda verifier: opinions(verifier, cases, pki.root_der), verifiers))
-    for verifier, judged in zip(verifiers, found, strict=True):
-        for case, opinion in zip(cases, judged, strict=True):
+    # The JavaScript one takes ten times as long as the others: outside CI it judges every fifth.
+    work = {javascript_verifier: cases if os.environ.get("CI") else cases[::5], go_verifier: cases}
+    with ThreadPoolExecutor(len(work)) as pool:
+        found = list(pool.map(lambda verifier: opinions(verifier, work[verifier], pki.root_der), work))
+    for (verifier, judged), said in zip(work.items(), found, strict=True):
+        for case, opinion in zip(judged, said, strict=True):
             looked_at = case.part not in DOES_NOT_LOOK_AT[verifier.name] | UNPROTECTED
             assert not (opinion.accepted and looked_at), f"{verifier.name} accepts {case.what} ({case.part})"
 
 
-def test_dcap_qvl_alone_accepts_no_corruption_of_what_it_looks_at(pki: Pki, cases: list[Case]) -> None:
+def test_dcap_qvl_accepts_no_corruption_of_what_it_looks_at(pki: Pki, cases: list[Case]) -> None:
     for case, opinion in zip(cases, opinions(DcapQvl(), cases, pki.root_der), strict=True):
         looked_at = case.part not in DOES_NOT_LOOK_AT["dcap-qvl"] | UNPROTECTED
         assert not (opinion.accepted and looked_at), f"{case.what} ({case.part})"

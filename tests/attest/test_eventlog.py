@@ -21,7 +21,7 @@ from softtdx.attest.eventlog import (
     parse_ccel,
     rtmr_of,
 )
-from softtdx.attest.measure import Mrtd, Region, linux_boot_log, mrtd_of
+from softtdx.attest.measure import LinuxBoot, Mrtd, Region, linux_boot_log, mrtd_of
 
 events = st.lists(st.tuples(st.integers(0, 3), st.sampled_from(list(EventType)), st.binary(max_size=100)), max_size=12)
 
@@ -138,15 +138,23 @@ def test_types_have_their_tcg_names() -> None:
     assert Event(1, 5, ((SHA384, bytes(48)),), b"").digest() == bytes(48)
 
 
-def test_the_digest_of_a_linux_boot_follows_from_its_files() -> None:
-    log = linux_boot_log(b"kernel", "console=ttyS0", b"initrd")
-    rtmrs = log.rtmrs()
-    sha = lambda data: hashlib.sha384(data).digest()  # noqa: E731
-    assert rtmrs[1] == rtmr_of([sha(b"kernel")])
-    assert rtmrs[2] == rtmr_of([sha("console=ttyS0\0".encode("utf-16-le")), sha(b"initrd")])
-    assert rtmrs[0] == rtmrs[3] == bytes(48)
-    assert linux_boot_log(b"kernel", "console=ttyS1", b"initrd").rtmrs()[2] != rtmrs[2]
-    assert EventLog.parse(log.to_bytes()).rtmrs() == rtmrs
+def sha(data: bytes) -> bytes:
+    return hashlib.sha384(data).digest()
+
+
+def test_the_rtmrs_of_a_linux_boot_follow_from_its_files() -> None:
+    log = linux_boot_log(LinuxBoot(b"kernel", "console=ttyS0", b"initrd", configuration=b"header", acpi=b"tables"))
+    end = sha(bytes(4))
+    assert log.rtmrs() == (
+        rtmr_of([sha(b"header"), sha(b"tables"), end]),
+        rtmr_of([sha(b"kernel"), end]),
+        rtmr_of([sha(b"console=ttyS0"), sha(b"initrd"), end]),
+        bytes(48),
+    )
+    assert EventLog.parse(log.to_bytes()).rtmrs() == log.rtmrs()
+    assert linux_boot_log(LinuxBoot(b"kernel", "")).rtmrs()[2] == rtmr_of([sha(b""), end])
+    with pytest.raises(MalformedError, match="not ASCII"):
+        linux_boot_log(LinuxBoot(b"kernel", "caf\u00e9"))
 
 
 def test_extending_is_sha384_of_register_and_digest() -> None:

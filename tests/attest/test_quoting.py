@@ -144,3 +144,15 @@ def test_a_platform_of_other_versions_is_up_to_date_when_its_pki_is_made_for_it(
 def test_a_report_of_the_wrong_length_says_the_length(enclave: QuotingEnclave) -> None:
     with pytest.raises(MalformedError, match="1024 bytes, this is 1023"):
         enclave.quote(bytes(1023))
+
+
+def test_a_td_bound_to_service_tds_gets_a_quote_that_says_so(
+    platform: ReportingPlatform, enclave: QuotingEnclave
+) -> None:
+    report = platform.report(servtd_hash=b"\x01" * 48)
+    assert Quote.parse(enclave.quote(report)).header.version == 5
+    assert Quote.parse(enclave.quote(platform.report())).header.version == 4
+    assert Quote.parse(enclave.quote(platform.report(), body_type=4)).header.version == 5
+    for how in ({"version": 4}, {"version": 5, "body_type": 2}):
+        with pytest.raises(QuotingError, match="service TDs"):
+            enclave.quote(report, **how)

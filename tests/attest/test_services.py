@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import socket
+import ssl
+import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,11 +22,12 @@ from softtdx.attest import (
     CollateralError,
     MalformedError,
     Pki,
+    PkiError,
     QuotingEnclave,
     Verifier,
+    http_service,
     verify_with_dcap_qvl,
 )
-from softtdx.attest import pcs as pcs_module
 from softtdx.attest.errors import ServiceUnavailableError
 from softtdx.attest.pcs import PcsListener
 from softtdx.attest.pcs_client import fetch_collateral
@@ -38,6 +41,7 @@ from softtdx.attest.qgs import (
     message,
     parse_address,
 )
+from softtdx.attest.tls import tls_files
 
 AT_ONCE = 64
 
@@ -59,7 +63,7 @@ def connect(listener: QgsListener | PcsListener) -> socket.socket:
         address = listener.address
         assert not isinstance(address, Path)
     else:
-        host, _, port = listener.url.removeprefix("http://").rpartition(":")
+        host, _, port = listener.url.partition("://")[2].rpartition(":")
         address = (host, int(port))
     return socket.create_connection(address, 10)
 
@@ -248,7 +252,7 @@ def test_only_reading_is_allowed(pcs: PcsListener) -> None:
     assert httpx.post(f"{pcs.url}/tdx/certification/v4/qe/identity", content=b"x" * 100_000).status_code == 405
 
 
-def test_the_pcs_outlives_bad_clients_and_serves_64_at_once(pcs: PcsListener) -> None:
+def test_the_pcs_outlives_bad_clients_and_serves_64_at_once(pcs: PcsListener, http: httpx.Client) -> None:
     idle = [connect(pcs) for _ in range(AT_ONCE)]
     try:
         beginnings = [
@@ -265,7 +269,7 @@ def test_the_pcs_outlives_bad_clients_and_serves_64_at_once(pcs: PcsListener) ->
                 assert number % len(beginnings) == 4  # the service may hang up on 70,000 bytes of nonsense early
         url = f"{pcs.url}/tdx/certification/v4/qe/identity"
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            answers = list(pool.map(lambda _: httpx.get(url, timeout=30), range(AT_ONCE)))
+            answers = list(pool.map(lambda _: http.get(url), range(AT_ONCE)))
         assert {answer.status_code for answer in answers} == {200}
         assert len({answer.content for answer in answers}) == 1
     finally:
@@ -274,7 +278,7 @@ def test_the_pcs_outlives_bad_clients_and_serves_64_at_once(pcs: PcsListener) ->
 
 
 def test_a_client_that_never_asks_is_hung_up_on(pki: Pki, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pcs_module, "REQUEST_TIMEOUT", 0.2)
+    monkeypatch.setattr(http_service, "REQUEST_TIMEOUT", 0.2)
     with PcsListener(pki, port=0) as listener, connect(listener) as stream:
         stream.sendall(b"GET /tdx")
         assert stream.recv(1000) == b""
@@ -333,6 +337,32 @@ def test_a_service_that_is_not_there_is_said_to_be_so(quote_bytes: bytes) -> Non
 def test_a_port_in_use_is_said_to_be_so(pki: Pki, pcs: PcsListener) -> None:
     with pytest.raises(ServiceUnavailableError, match="cannot listen"):
         PcsListener(pki, port=int(pcs.url.rpartition(":")[2]))
+
+
+def test_the_pcs_speaks_https_with_a_certificate_of_its_own(tmp_path: Path, pki: Pki, quote_bytes: bytes) -> None:
+    files = tls_files(tmp_path)
+    assert stat.S_IMODE(files.key.stat().st_mode) == 0o600
+    with PcsListener(pki, port=0, tls=files) as listener:
+        assert listener.url.startswith("https://127.0.0.1:")
+        with pytest.raises(ServiceUnavailableError, match="certificate verify failed"):
+            fetch_collateral(quote_bytes, listener.url)
+        trusting = httpx.Client(verify=ssl.create_default_context(cafile=str(files.certificate)))
+        assert fetch_collateral(quote_bytes, listener.url, client=trusting) == pki.collateral()
+        with connect(listener) as stream:
+            stream.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            assert b"200" not in stream.recv(100)
+
+
+def test_a_tls_certificate_is_kept_until_it_is_of_no_more_use(tmp_path: Path) -> None:
+    files = tls_files(tmp_path)
+    first = files.certificate.read_bytes()
+    assert tls_files(tmp_path) == files
+    assert files.certificate.read_bytes() == first
+    files.certificate.write_text("not a certificate")
+    assert tls_files(tmp_path).certificate.read_bytes() != first
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(PkiError, match="no certificate for HTTPS"):
+        tls_files(tmp_path / "file")
 
 
 def test_dcap_qvl_fetches_from_the_pcs(pki: Pki, quote_bytes: bytes, pcs: PcsListener) -> None:

@@ -21,6 +21,7 @@ def test_a_loaded_pki_is_the_one_saved(tmp_path: Path) -> None:
         ca="processor",
         revoked=frozenset(["tcb", "pck"]),
         expired=frozenset(["root-crl"]),
+        platform_flags=frozenset(["smt_enabled"]),
         vary=TcbVariation(status=TcbStatus.OUT_OF_DATE, advisory_ids=("A", "B"), no_match=True),
     )
     found = load_pki(save_pki(made, tmp_path / "pki"))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from typing import Any
 
+import dcap_qvl
 import pytest
 from attest_platform import NOW, ReportingPlatform
 from other_verifiers import DcapQvl, LineVerifier, Opinion
 
 from softtdx.attest import Pki, PkiError, QuotingEnclave, TcbStatus, TcbVariation, Verdict, Verifier
-from softtdx.attest.pki import EXPIRABLE, REVOCABLE
+from softtdx.attest.pki import EXPIRABLE, PLATFORM_FLAGS, REVOCABLE
 
 ADVISORIES = ("INTEL-SA-00960", "INTEL-SA-00982")
 STATUSES = list(TcbStatus)[:7]
@@ -210,3 +213,26 @@ def test_independent_verifiers_fetch_collateral_over_http(
         for verifier in (javascript_verifier, go_verifier):
             opinion = verifier.judge_by_pcs(quote_bytes, pcs.url, pki.root_der, NOW)
             assert (opinion.accepted, opinion.status) == (True, "UpToDate"), opinion.error
+
+
+def strict_claims(pki: Pki, quote: bytes) -> dict[str, Any]:
+    """What dcap-qvl's strict policy makes of the quote; ValueError when it refuses."""
+    collateral = dcap_qvl.QuoteCollateralV3.from_json(pki.collateral().to_json())
+    verifier = dcap_qvl.QuoteVerifier(pki.root_der)
+    claims = verifier.verify_with_policy(quote, collateral, NOW, dcap_qvl.QuotePolicy.strict(NOW))
+    found: dict[str, Any] = json.loads(claims.to_json())
+    return found
+
+
+def test_a_default_platform_passes_the_strictest_policy(pki: Pki, quote_bytes: bytes) -> None:
+    claims = strict_claims(pki, quote_bytes)
+    assert claims["tcb"]["status"] == "UpToDate"
+    assert claims["tcb"]["eval_data_number"] == 17
+
+
+@pytest.mark.parametrize("flag", PLATFORM_FLAGS)
+def test_a_platform_flag_in_the_pck_certificate_is_seen(pki: Pki, platform: ReportingPlatform, flag: str) -> None:
+    flagged = pki.revised(platform_flags=frozenset([flag]))
+    quote = QuotingEnclave(flagged, platform.verify).quote(platform.report())
+    with pytest.raises(ValueError, match="not allowed"):
+        strict_claims(flagged, quote)

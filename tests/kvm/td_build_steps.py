@@ -47,7 +47,7 @@ class Build:
 
     steps = (init_vm, add_slot, make_private, create_vcpu, init_vcpu, add_memory, finalize)
 
-    def do(self, count=len(steps)):
+    def do(self, count=7):
         for step in self.steps[:count]:
             step(self)
         return self

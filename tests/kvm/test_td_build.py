@@ -13,6 +13,7 @@ from softtdx.kvm import Host, Kvm, KvmError
 from softtdx.kvm import seamcalls as sc
 from softtdx.kvm.memory import PAGE
 from softtdx.kvm.uapi import CpuidEntry, Regs, Sregs, TdxCapabilities, TdxInitMemRegion, TdxInitVm
+from softtdx.vmm.boot import boot_host
 
 EIO, ENOMEM, EEXIST, EINVAL, ENOSPC, ENOTTY = 5, 12, 17, 22, 28, 25
 
@@ -220,3 +221,18 @@ def test_the_same_build_measures_the_same(host):
             digests.append([build.vm.ops.read_td_field("MRTD", i) for i in range(6)])
     assert digests[0] == digests[1]
     assert any(digests[0])
+
+
+def test_when_the_module_dies_the_vm_still_closes_and_what_it_held_is_never_used_again():
+    host = boot_host()
+    build = Build(host).do()
+    held = set(host.memory.leaked())
+    host.platform.seam.unbreakable_shutdown(to_loader=False)
+    fails(19, build.vcpus[0].run)
+    fails(19, build.vm.close)
+    build.kvm.mm.close()
+    assert set(host.memory.leaked()) == held
+    assert host.tdx.free_keyids == len(host.platform.description.private_keyids) - 2
+    fails(19, Build(host).init_vm)
+    everything = {host.memory.alloc() for _ in range(host.memory.free_pages)}
+    assert not everything & held

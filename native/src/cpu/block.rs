@@ -62,6 +62,8 @@ pub struct Cache {
     by_pa: HashMap<(u64, u32), u32, Hasher>,
     jumps: Box<[Jump; JUMPS]>,
     pub key_generation: u64,
+    /// How often everything was thrown away: block numbers of another era mean nothing.
+    pub era: u64,
 }
 
 #[derive(Clone, Copy, Default)]
@@ -111,6 +113,7 @@ impl Default for Cache {
                 }; JUMPS],
             ),
             key_generation: 0,
+            era: 0,
         }
     }
 }
@@ -121,6 +124,7 @@ fn jump_index(rip: u64) -> usize {
 
 impl Cache {
     pub fn clear(&mut self) {
+        self.era += 1;
         self.blocks.clear();
         self.uops.clear();
         self.by_pa.clear();

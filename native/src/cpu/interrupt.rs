@@ -61,7 +61,7 @@ impl Cpu {
     pub fn plan_timers(&mut self) {
         let mut stop = self.pause_at;
         for deadline in [self.host_timer, self.preempt_at].into_iter().flatten() {
-            let left = deadline.saturating_sub(self.tsc());
+            let left = deadline.saturating_sub(self.tsc_own());
             let rate = self.options.tsc_per_1024.max(1);
             let instructions = if self.options.tsc_real {
                 // Look at the clock every so often.

@@ -93,11 +93,10 @@ impl Cpu {
         self.probe_gpa(gpa, write)
     }
 
-    pub fn counter_list(&self) -> [(&'static str, u64); 13] {
+    pub fn counter_list(&self) -> [(&'static str, u64); 12] {
         let c = &self.counters;
         [
             ("instructions", self.icount),
-            ("blocks", c.blocks),
             ("lookups", c.lookups),
             ("decoded", c.decoded),
             ("tlb_fills", c.tlb_fills),

@@ -196,13 +196,23 @@ impl Cpu {
         self.guard_code(pa, size.min(in_page))?;
         if size > in_page {
             let pa = self.translate(
-                linear.wrapping_add(in_page as u64),
+                self.wrap_linear(linear.wrapping_add(in_page as u64)),
                 access::WRITE,
                 self.tag & 3,
             )?;
             self.guard_code(pa, size - in_page)?;
         }
         Ok(())
+    }
+
+    /// A fault of a stack access: a non-canonical address is #SS(0).
+    #[cold]
+    #[inline(never)]
+    pub fn stack_stop(&mut self, stop: Stop) -> Stop {
+        if self.stop == StopKind::Canonical {
+            return self.raise(12, Some(0));
+        }
+        stop
     }
 
     /// LOCK CMPXCHG of any size and alignment; the write was checked.
@@ -244,10 +254,10 @@ impl Cpu {
         let mut done = 0;
         // Both pages are checked before anything is read: an access to a device is not repeated.
         if (linear & 0xfff) as usize + into.len() > 0x1000 {
-            let end = linear.wrapping_add(into.len() as u64 - 1);
-            self.both_canonical(linear, end)?;
+            self.both_canonical(linear, linear.wrapping_add(into.len() as u64 - 1))?;
             self.translate(linear, access::READ, privilege)?;
-            self.translate(self.wrap_linear(end & PAGE), access::READ, privilege)?;
+            let second = self.wrap_linear((linear & PAGE).wrapping_add(0x1000));
+            self.translate(second, access::READ, privilege)?;
         }
         while done < into.len() {
             let at = self.wrap_linear(linear.wrapping_add(done as u64));
@@ -264,12 +274,13 @@ impl Cpu {
         self.counters.slow_accesses += 1;
         let mut done = 0;
         if (linear & 0xfff) as usize + from.len() > 0x1000 {
-            let end = linear.wrapping_add(from.len() as u64 - 1);
-            self.both_canonical(linear, end)?;
+            self.both_canonical(linear, linear.wrapping_add(from.len() as u64 - 1))?;
+            let in_page = (0x1000 - (linear & 0xfff)) as usize;
             let first = self.translate(linear, access::WRITE, privilege)?;
-            self.guard_code(first, (0x1000 - (linear & 0xfff)) as usize)?;
-            let second = self.translate(self.wrap_linear(end & PAGE), access::WRITE, privilege)?;
-            self.guard_code(second, (end & 0xfff) as usize + 1)?;
+            self.guard_code(first, in_page)?;
+            let second = self.wrap_linear((linear & PAGE).wrapping_add(0x1000));
+            let second = self.translate(second, access::WRITE, privilege)?;
+            self.guard_code(second, from.len() - in_page)?;
         }
         while done < from.len() {
             let at = self.wrap_linear(linear.wrapping_add(done as u64));

@@ -1,5 +1,9 @@
 //! MSRs. RDMSR and WRMSR of a guest come here once the MSR bitmap let them through; so do root-mode software's.
 
+use std::sync::atomic::Ordering;
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
 use super::state::{cr0, efer, Cpu};
 
 pub mod index {
@@ -47,6 +51,12 @@ pub const PLAIN: &[(u32, u64)] = &[
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Refused;
 
+/// Host time since the first processor was made: one clock for all of them.
+fn real_time() -> Duration {
+    static START: OnceLock<Instant> = OnceLock::new();
+    START.get_or_init(Instant::now).elapsed()
+}
+
 /// Canonical for 57-bit linear addresses, as MSRs check on processors that have LA57.
 fn canonical57(value: u64) -> bool {
     ((value << 7) as i64 >> 7) as u64 == value
@@ -60,24 +70,34 @@ pub fn pat_valid(value: u64) -> bool {
 }
 
 impl Cpu {
-    /// The time-stamp counter of this processor before any VM's offset.
-    pub fn tsc(&self) -> u64 {
-        let jump = self
-            .shared
-            .tsc_jump
-            .load(std::sync::atomic::Ordering::Relaxed);
+    /// This processor's own reckoning of the time-stamp counter.
+    pub fn tsc_own(&self) -> u64 {
+        let jump = self.shared.tsc_jump.load(Ordering::Relaxed);
         let ticks = if self.options.tsc_real {
-            (self.real_start.elapsed().as_nanos() * u128::from(self.options.tsc_hz) / 1_000_000_000)
-                as u64
+            (real_time().as_nanos() * u128::from(self.options.tsc_hz) / 1_000_000_000) as u64
         } else {
             ((u128::from(self.icount) * u128::from(self.options.tsc_per_1024)) >> 10) as u64
         };
-        self.tsc_base.wrapping_add(ticks).wrapping_add(jump)
+        self.tsc_base.get().wrapping_add(ticks).wrapping_add(jump)
+    }
+
+    /// The time-stamp counter before any VM's offset. Processors count their own instructions; whoever looks is
+    /// brought up to the highest value that anyone on the platform has seen, so that time never runs backwards
+    /// between processors.
+    pub fn tsc(&self) -> u64 {
+        let own = self.tsc_own();
+        let seen = self.mem.tsc.fetch_max(own, Ordering::SeqCst);
+        if seen > own {
+            self.tsc_base
+                .set(self.tsc_base.get().wrapping_add(seen - own));
+            return seen;
+        }
+        own
     }
 
     /// What RDTSC gives the running guest.
     pub fn guest_tsc(&self) -> u64 {
-        let tsc = self.tsc();
+        let tsc = self.tsc().wrapping_add(self.tsc_adjust);
         let scaled = match self.ctl.tsc_multiplier {
             0 => tsc,
             multiplier => ((u128::from(tsc) * u128::from(multiplier)) >> 48) as u64,
@@ -87,7 +107,7 @@ impl Cpu {
 
     pub fn msr_read(&self, msr: u32) -> Option<u64> {
         Some(match msr {
-            TSC => self.tsc(),
+            TSC => self.tsc().wrapping_add(self.tsc_adjust),
             TSC_ADJUST => self.tsc_adjust,
             SPEC_CTRL => self.spec_ctrl,
             SYSENTER_CS => self.sysenter_cs,
@@ -115,14 +135,9 @@ impl Cpu {
         let check = |ok: bool| if ok { Ok(()) } else { Err(Refused) };
         match msr {
             TSC => {
-                let delta = value.wrapping_sub(self.tsc());
-                self.tsc_base = self.tsc_base.wrapping_add(delta);
-                self.tsc_adjust = self.tsc_adjust.wrapping_add(delta);
+                self.tsc_adjust = self.tsc_adjust.wrapping_add(value.wrapping_sub(self.tsc()));
             }
             TSC_ADJUST => {
-                self.tsc_base = self
-                    .tsc_base
-                    .wrapping_add(value.wrapping_sub(self.tsc_adjust));
                 self.tsc_adjust = value;
             }
             SPEC_CTRL => {

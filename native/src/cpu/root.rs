@@ -35,6 +35,16 @@ pub mod error {
 }
 
 impl Cpu {
+    /// SEAMCALL (`on`) and SEAMRET. Each root mode has a current VMCS of its own: the host's comes back with SEAMRET,
+    /// and SEAM software finds the one that it loaded last, which VMPTRLD then has nothing to do for.
+    pub fn set_seam(&mut self, on: bool) {
+        if self.seam != on {
+            self.seam = on;
+            std::mem::swap(&mut self.vmcs, &mut self.parked_vmcs.0);
+            std::mem::swap(&mut self.vmcs_pa, &mut self.parked_vmcs.1);
+        }
+    }
+
     /// VMfailValid if there is a current VMCS, VMfailInvalid otherwise.
     pub fn vm_fail(&mut self, number: u32) -> VmError {
         if self.vmcs_pa.is_none() {
@@ -68,7 +78,7 @@ impl Cpu {
             self.vmcs.launched = false;
             self.write_back()?;
             self.vmcs_pa = None;
-            self.vmcs = Vmcs::default();
+            *self.vmcs = Vmcs::default();
         } else {
             // The launch state of our layout is one byte.
             self.mem.wr8(pa + 8, 0, self.root_agent())?;
@@ -91,7 +101,7 @@ impl Cpu {
             return Err(self.vm_fail(error::PTRLD_REVISION));
         }
         self.write_back()?;
-        self.vmcs = Vmcs::from_region(&region);
+        *self.vmcs = Vmcs::from_region(&region);
         self.vmcs_pa = Some(pa);
         Ok(())
     }
@@ -121,6 +131,7 @@ impl Cpu {
         if !(1..=2).contains(&kind) {
             return Err(self.vm_fail(error::INVEPT_OPERAND));
         }
+        self.ept.clear();
         self.flush_tlb();
         Ok(())
     }

@@ -33,7 +33,7 @@ enum Next {
 impl Cpu {
     /// Runs the loaded guest until something ends the run.
     pub fn run(&mut self) -> Outcome {
-        let mut cache = std::mem::take(&mut self.cache);
+        let mut cache = self.cache.take().unwrap_or_default();
         if self.slot.enter() {
             self.tlb.drop_pointers();
         }
@@ -47,8 +47,11 @@ impl Cpu {
         self.plan();
         let outcome = self.run_loop(&mut cache);
         self.slot.leave();
-        self.cache = cache;
-        self.counters.instructions = self.icount;
+        self.cache = Some(cache);
+        if let Ok(mut shown) = self.shared.counters.lock() {
+            shown.clear();
+            shown.extend(self.counter_list());
+        }
         outcome
     }
 
@@ -66,43 +69,28 @@ impl Cpu {
                     return outcome;
                 }
             }
+            let era = cache.era;
             let chained =
                 left.and_then(|(from, side, _)| cache.follow(from, side, self.code_space));
-            let mut index = match chained {
-                Some(index) => index,
-                None => {
-                    let Some(index) = self.find_block(cache) else {
-                        match self.stopped() {
-                            Next::Go => {
-                                left = None;
-                                continue;
-                            }
-                            Next::Leave(outcome) => return outcome,
+            let index = match chained {
+                Some(index) if cache.fresh(index, &self.mem) => index,
+                _ => match self.next_block(cache, chained) {
+                    Some(index) => {
+                        if let (Some((from, side, page)), true) = (left, era == cache.era) {
+                            let same = page == self.rip & !0xfff;
+                            cache.link(from, side, index, same, self.code_space);
                         }
-                    };
-                    if let Some((from, side, page)) = left {
-                        cache.link(
-                            from,
-                            side,
-                            index,
-                            page == self.rip & !0xfff,
-                            self.code_space,
-                        );
+                        index
                     }
-                    index
-                }
-            };
-            if !cache.fresh(index, &self.mem) && !cache.refresh(index, self) {
-                self.code_space += 1;
-                left = None;
-                match self.find_block(cache) {
-                    Some(found) => index = found,
                     None => match self.stopped() {
-                        Next::Go => continue,
+                        Next::Go => {
+                            left = None;
+                            continue;
+                        }
                         Next::Leave(outcome) => return outcome,
                     },
-                }
-            }
+                },
+            };
             let block = &cache.blocks[index as usize];
             self.gpr[BLOCK] = self.rip;
             self.code.pa = block.pa;
@@ -161,6 +149,21 @@ impl Cpu {
                 }
             }
         }
+    }
+
+    /// A block for RIP whose bytes are those in memory. `candidate`: one whose page was written.
+    #[inline(never)]
+    fn next_block(&mut self, cache: &mut Cache, candidate: Option<u32>) -> Option<u32> {
+        let mut index = match candidate {
+            Some(index) => index,
+            None => self.find_block(cache)?,
+        };
+        while !cache.fresh(index, &self.mem) && !cache.refresh(index, self) {
+            // Forgets what the jump table knows about the block.
+            self.code_space += 1;
+            index = self.find_block(cache)?;
+        }
+        Some(index)
     }
 
     /// The block at RIP: looked up by linear, then by physical address, else decoded. `None`: `stop` says why.

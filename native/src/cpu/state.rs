@@ -1,5 +1,6 @@
 //! The register file of one logical processor, and everything else it carries from one instruction to the next.
 
+use std::cell::Cell;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
 use std::sync::{Arc, Condvar, Mutex};
@@ -206,13 +207,13 @@ pub struct Shared {
     pub wake: Condvar,
     /// Advance of the virtual TSC by the host, in ticks.
     pub tsc_jump: AtomicU64,
+    /// The counters as of the last pause or exit, for those who ask while the processor runs.
+    pub counters: Mutex<Vec<(&'static str, u64)>>,
 }
 
 /// Counters a user may read.
 #[derive(Default, Clone, Debug)]
 pub struct Counters {
-    pub instructions: u64,
-    pub blocks: u64,
     pub lookups: u64,
     pub decoded: u64,
     pub tlb_fills: u64,
@@ -358,19 +359,22 @@ pub struct Cpu {
     pub vppr: u8,
     /// `icount` at which the run loop gives its caller a chance to look for signals.
     pub pause_at: u64,
-    pub cache: Cache,
+    /// `None` while `run` has it out.
+    pub cache: Option<Box<Cache>>,
     /// NMI blocking was lifted by an IRET that then faulted.
     pub nmi_unblocked: bool,
     pub ctl: Controls,
 
-    /// SEAM root mode; a guest entered now runs in SEAM non-root mode.
+    /// SEAM root mode; a guest entered now runs in SEAM non-root mode. See `Cpu::set_seam`.
     pub seam: bool,
     /// The running guest is in SEAM non-root mode.
     pub guest_seam: bool,
     /// A guest's state is live between an escape and `vmcontinue`.
     pub live: bool,
-    pub vmcs: Vmcs,
+    pub vmcs: Box<Vmcs>,
     pub vmcs_pa: Option<u64>,
+    /// The current VMCS of the other root mode, and its address.
+    pub parked_vmcs: (Box<Vmcs>, Option<u64>),
     pub allow_escape: bool,
     /// Number of the address space: changes when translations are dropped.
     pub space: u64,
@@ -388,7 +392,8 @@ pub struct Cpu {
     pub step: bool,
     pub monitor: Option<u64>,
     pub rng: u64,
-    pub tsc_base: u64,
+    /// What was added to this processor's time-stamp counter to keep up with the others.
+    pub tsc_base: Cell<u64>,
     pub apic_id: u32,
     /// Tick at which the host's timer for this processor fires.
     pub host_timer: Option<u64>,
@@ -401,7 +406,6 @@ pub struct Cpu {
     pub mem: Arc<Memory>,
     pub slot: Arc<CpuSlot>,
     pub shared: Arc<Shared>,
-    pub real_start: std::time::Instant,
 }
 
 impl Cpu {
@@ -469,14 +473,15 @@ impl Cpu {
             init_waits: false,
             vppr: 0,
             pause_at: 0,
-            cache: Cache::default(),
+            cache: None,
             nmi_unblocked: false,
             ctl: Controls::default(),
             seam: false,
             guest_seam: false,
             live: false,
-            vmcs: Vmcs::default(),
+            vmcs: Box::default(),
             vmcs_pa: None,
+            parked_vmcs: (Box::default(), None),
             allow_escape: false,
             space: 0,
             code_space: 0,
@@ -488,7 +493,7 @@ impl Cpu {
             step: false,
             monitor: None,
             rng: 0x9e37_79b9_7f4a_7c15 ^ u64::from(apic_id),
-            tsc_base: 0,
+            tsc_base: Cell::new(0),
             apic_id,
             host_timer: None,
             preempt_at: None,
@@ -498,7 +503,6 @@ impl Cpu {
             mem,
             slot,
             shared: Arc::new(Shared::default()),
-            real_start: std::time::Instant::now(),
         }
     }
 

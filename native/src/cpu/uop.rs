@@ -67,7 +67,8 @@ pub struct Uop {
 }
 
 impl Uop {
-    pub fn len(&self) -> u32 {
+    /// Length of the instruction in bytes.
+    pub fn length(&self) -> u32 {
         u32::from(self.next - self.at)
     }
 }
@@ -147,7 +148,7 @@ impl Cpu {
                     error: Some(0),
                 };
             }
-            StopKind::Exit if self.exit.length == 0 => self.exit.length = uop.len(),
+            StopKind::Exit if self.exit.length == 0 => self.exit.length = uop.length(),
             _ => {}
         }
         Flow::Stop

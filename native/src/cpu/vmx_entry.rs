@@ -94,8 +94,7 @@ impl Cpu {
         let blocking = v.get(field::GUEST_INTERRUPTIBILITY) as u32;
         let activity = v.get(field::GUEST_ACTIVITY) as u32;
         let guest_efer = v.get(field::GUEST_EFER);
-        let control_registers = cr0 & cr0::PG != 0 && cr0 & cr0::PE == 0
-            || cr0 & cr0::PE == 0 && !unrestricted
+        let control_registers = cr0 & cr0::PE == 0 && (cr0 & cr0::PG != 0 || !unrestricted)
             || cr0 >> 32 != 0
             || cr4 & !self.options.cr4_valid & !(cr4::CET | cr4::PKS | cr4::UINTR | cr4::KL) != 0
             || long && (cr0 & cr0::PG == 0 || cr4 & cr4::PAE == 0)
@@ -216,6 +215,7 @@ impl Cpu {
         }
         // CPL is SS's DPL.
         self.cpl = self.seg[SS].dpl();
+        self.tsc();
         self.delivering = None;
         self.nmi_unblocked = false;
         self.mtf_pending = false;

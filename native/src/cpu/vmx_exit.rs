@@ -85,6 +85,8 @@ impl Cpu {
         if exit.after {
             self.rip = self.ip_mask(self.rip.wrapping_add(exit.length.into()));
         }
+        // Other processors start from the time that passed here.
+        self.tsc();
         self.save_guest();
         self.write_exit_fields(exit.reason);
         self.load_host();

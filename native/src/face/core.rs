@@ -30,6 +30,7 @@ const ESCAPE: u32 = 0x1_0000;
 pub struct Core {
     cpu: Mutex<Box<Cpu>>,
     shared: Arc<Shared>,
+    memory: Arc<crate::mem::Memory>,
 }
 
 impl Core {
@@ -91,10 +92,11 @@ impl Core {
     #[new]
     fn new(memory: &Bound<'_, Memory>, apic_id: u32) -> Core {
         let cpu = Box::new(Cpu::new(memory.get().0.clone(), apic_id));
-        let shared = cpu.shared.clone();
+        let (shared, memory) = (cpu.shared.clone(), cpu.mem.clone());
         Core {
             cpu: Mutex::new(cpu),
             shared,
+            memory,
         }
     }
 
@@ -104,7 +106,7 @@ impl Core {
     }
     #[setter]
     fn set_seam(&self, on: bool) -> PyResult<()> {
-        self.cpu()?.seam = on;
+        self.cpu()?.set_seam(on);
         Ok(())
     }
 
@@ -261,7 +263,10 @@ impl Core {
         Ok(())
     }
     fn rdtsc(&self) -> PyResult<u64> {
-        Ok(self.cpu()?.tsc())
+        Ok(match self.cpu.try_lock() {
+            Ok(cpu) => cpu.tsc(),
+            Err(_) => self.memory.tsc.load(Ordering::SeqCst),
+        })
     }
     /// Time passes on the virtual TSC of this processor: the host was idle for `ticks`.
     fn advance_tsc(&self, ticks: u64) {
@@ -361,9 +366,24 @@ impl Core {
         self.bus(py, |c| c.guest_write(gla, data))
     }
 
+    /// Instructions retired in non-root mode.
+    #[getter]
+    fn retired(&self) -> PyResult<u64> {
+        Ok(self.cpu()?.icount)
+    }
     fn counters<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let counters = PyDict::new(py);
-        for (name, value) in self.cpu()?.counter_list() {
+        let list = match self.cpu.try_lock() {
+            Ok(cpu) => cpu.counter_list().to_vec(),
+            // It runs: what it last showed.
+            Err(_) => self
+                .shared
+                .counters
+                .lock()
+                .map(|list| list.clone())
+                .unwrap_or_default(),
+        };
+        for (name, value) in list {
             counters.set_item(name, value)?;
         }
         Ok(counters)

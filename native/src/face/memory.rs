@@ -91,6 +91,13 @@ impl Memory {
         write(py, &self.0, pa, data, agent(seam))
     }
 
+    /// LOCK CMPXCHG of 8 bytes: what was found; it was replaced if that equals `old`.
+    #[pyo3(signature = (pa, old, new, seam = false))]
+    fn cas64(&self, py: Python<'_>, pa: u64, old: u64, new: u64, seam: bool) -> PyResult<u64> {
+        py.detach(|| self.0.cas64(pa, old, new, agent(seam)))
+            .map_err(|fault| raise(py, fault))
+    }
+
     /// Ciphertext, as a probe sees it; no KeyID in `pa`.
     fn raw_read<'py>(
         &self,

@@ -41,6 +41,7 @@ mod shootdown;
 #[cfg(test)]
 mod tests;
 
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, PoisonError};
 
 pub use config::{Config, Integrity, Unfit, LINE, PAGE, PA_BITS};
@@ -110,6 +111,9 @@ pub struct Memory {
     seamrr: Seamrr,
     address_bits: u32,
     address_mask: u64,
+    /// The highest time-stamp that a processor of this platform has shown: none shows a lower one later. It stands
+    /// here because the memory is what the processors of a platform have in common.
+    pub tsc: AtomicU64,
 }
 
 /// `Memory` is shared between threads; this fails to compile if a part of it cannot be.
@@ -130,6 +134,7 @@ impl Memory {
             seamrr: Seamrr::default(),
             address_bits: config.address_bits(),
             address_mask: (1 << config.address_bits()) - 1,
+            tsc: AtomicU64::new(0),
         })
     }
 

@@ -1,10 +1,17 @@
 """Attestation: TDREPORT, quotes, the simulated PKI, collateral, event logs, verification.
 
-wire, keys, x509, sgx_extension    how bytes, keys and certificates are made and read
-tdreport, quote                    TDREPORT_STRUCT; quotes v4 and v5
-tcb, pki, collateral               what a platform's PKI says of it, and what a verifier is given
-quoting                            the quoting enclave: TDREPORT -> quote
-dcap                               dcap-qvl, the independent verifier that comes with the project
+What is where, lowest first:
+
+    wire, der, keys, x509, sgx_extension   how bytes, keys and certificates are made and read
+    tdreport, quote                        TDREPORT_STRUCT; quotes v4 and v5
+    tcb, pki, store, collateral            what a platform's PKI says of it, and what a verifier is given
+    quoting, getquote, qgs                 the quoting enclave: TDREPORT -> quote; GetQuote's buffer; the QGS protocol
+    chain, appraisal, policy, verifier     our own verifier: certificates, TCB levels, what a user asks, the verdict
+    dcap                                   dcap-qvl, the independent verifier that comes with the project
+    pcs, pcs_client, http_service, tls     collateral over HTTP
+    guest_api, guest_client                a TD's own interfaces, for programs outside one and inside
+    eventlog, measure, tdvf                measured boot: logs, and reference values ahead of time
+    inspection, bench                      files of unknown kind decoded; figures
 """
 
 from softtdx.attest.collateral import Collateral as Collateral

@@ -33,6 +33,7 @@ WHITE_SPACE = b" \t\r\n"
 BETWEEN = re.compile(rb"[ \t\r\n\0]*")
 ECDSA_SHA256 = SignatureAlgorithmOID.ECDSA_WITH_SHA256
 ECDSA_SHA256_DER = der.tlv(der.SEQUENCE, der.tlv(der.OID, bytes.fromhex("2a8648ce3d040302")))
+NEGATIVE = 0x80
 COMMON_NAME = bytes.fromhex("550403")
 VERIFY = ec.ECDSA(hashes.SHA256())
 
@@ -63,15 +64,14 @@ class Cert:
 
     def __init__(self, data: bytes) -> None:
         self.der = data
+        # First, for cryptography only warns of a serial number that no certificate may have.
+        self.issuer_name, self.subject_name = _names(data)
         try:
             self.x509 = x509.load_der_x509_certificate(data)
             key = self.x509.public_key()
             self.not_before = self.x509.not_valid_before_utc
             self.not_after = self.x509.not_valid_after_utc
             self.extensions = list(self.x509.extensions)
-            self.issuer_name, self.subject_name = _names(self.x509.tbs_certificate_bytes)
-        except MalformedError:
-            raise
         except Exception as error:  # what cryptography raises for a bad certificate is of a dozen kinds
             raise ChainError(f"a certificate cannot be read: {error}") from None
         if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
@@ -173,18 +173,26 @@ class Crl:
             raise ChainError(f"{cert.name} is revoked (since {entry.revocation_date_utc:%Y-%m-%d})")
 
 
-def _names(tbs: bytes) -> tuple[bytes, bytes]:
-    """Issuer and subject of a TBSCertificate in DER; refuses one that names another algorithm than ECDSA/SHA-256.
+def _names(data: bytes) -> tuple[bytes, bytes]:
+    """A certificate's issuer and subject in DER; refuses one not of ECDSA/SHA-256, or with a bad serial number.
 
-    TBSCertificate ::= { [0] version, serialNumber, signature, issuer, validity, subject, ... } (RFC 5280, 4.1).
+    Certificate ::= { TBSCertificate, ... } and TBSCertificate ::= { [0] version, serialNumber, signature, issuer,
+    validity, subject, ... } (RFC 5280, 4.1).
     """
-    _, at, _ = der.element(tbs)
-    ends = [at]
-    for _ in range(6):
-        ends.append(der.element(tbs, ends[-1])[2])
-    if tbs[ends[2] : ends[3]] != ECDSA_SHA256_DER:
+    try:
+        _, outer, _ = der.element(data)
+        _, at, _ = der.element(data, outer)
+        ends = [at]
+        for _ in range(6):
+            ends.append(der.element(data, ends[-1])[2])
+        _, serial_at, serial_end = der.element(data, ends[1])
+    except MalformedError as error:
+        raise ChainError(f"a certificate cannot be read: {error}") from None
+    if not any(data[serial_at:serial_end]) or data[serial_at] >= NEGATIVE:
+        raise ChainError("a certificate has a serial number that is not positive")
+    if data[ends[2] : ends[3]] != ECDSA_SHA256_DER:
         raise ChainError("a certificate is not signed with ECDSA and SHA-256")
-    return tbs[ends[3] : ends[4]], tbs[ends[5] : ends[6]]
+    return data[ends[3] : ends[4]], data[ends[5] : ends[6]]
 
 
 def _crl_issuer(tbs: bytes) -> bytes:

@@ -78,6 +78,11 @@ class GetQuote:
             self._worker.start()
 
     @property
+    def threaded(self) -> bool:
+        """Whether a worker of its own answers; otherwise someone calls `run_pending`."""
+        return self._worker is not None
+
+    @property
     def in_flight(self) -> int:
         """Requests taken and not yet answered."""
         return self._in_flight

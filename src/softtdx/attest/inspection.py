@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 
+from cryptography import x509
+
 from softtdx.abi.structs import TdReport
 from softtdx.attest.appraisal import EnclaveIdentity, TcbInfo
 from softtdx.attest.chain import Cert, Crl, pck_extension, split_pem
@@ -82,15 +84,20 @@ def _der(data: bytes) -> dict[str, object]:
     try:
         return {"kind": "certificate", **_certificate(Cert(data))}
     except SoftTdxError:
-        crl = Crl(data, "CRL")
-    revoked = [f"{entry.serial_number:x}" for entry in crl.x509]
-    return {
-        "kind": "CRL",
-        "issuer": crl.x509.issuer.rfc4514_string(),
-        "this_update": crl.x509.last_update_utc.isoformat(),
-        "next_update": crl.next_update.isoformat() if crl.next_update else None,
-        "revoked": revoked,
-    }
+        return _crl(Crl(data, "CRL").x509)
+
+
+def _crl(crl: x509.CertificateRevocationList) -> dict[str, object]:
+    try:
+        return {
+            "kind": "CRL",
+            "issuer": crl.issuer.rfc4514_string(),
+            "this_update": crl.last_update_utc.isoformat(),
+            "next_update": crl.next_update_utc.isoformat() if crl.next_update_utc else None,
+            "revoked": [f"{entry.serial_number:x}" for entry in crl],
+        }
+    except Exception as error:  # the parts of a CRL are read only now, and fail in a dozen ways
+        raise MalformedError(f"the CRL cannot be read: {error}") from None
 
 
 def _json(data: bytes) -> dict[str, object]:

@@ -13,16 +13,15 @@ from dataclasses import dataclass
 from softtdx.attest.errors import MalformedError
 from softtdx.attest.eventlog import EventLog, EventType
 
-__all__ = ["Mrtd", "Region", "linux_boot_log", "mrtd_of"]
+__all__ = ["LinuxBoot", "Mrtd", "Region", "linux_boot_log", "mrtd_of"]
 
 PAGE = 4096
 CHUNK = 256
 RECORD = 128
 GPA_AT = 16
 PAGE_ADD, MR_EXTEND = b"MEM.PAGE.ADD", b"MR.EXTEND"
-
-INITRD_TAG, LOAD_OPTIONS_TAG = 0x8F3B22EC, 0x8F3B22ED
-"""Linux, drivers/firmware/efi/libstub/efistub.h: tags of the EFI stub's events."""
+SEPARATED = (0, 1, 2)
+"""RTMRs that a separator ends; RTMR3 is the application's."""
 
 
 @dataclass(frozen=True)
@@ -77,27 +76,44 @@ def mrtd_of(regions: Iterable[Region]) -> bytes:
     return mrtd.value()
 
 
-def linux_boot_log(
-    kernel: bytes, command_line: str, initrd: bytes | None = None, log: EventLog | None = None
-) -> EventLog:
-    """The events of a direct Linux boot: the kernel image into RTMR1, command line and initrd into RTMR2.
+@dataclass(frozen=True)
+class LinuxBoot:
+    """What the TD firmware is handed to boot Linux, each part as it is measured.
 
-    The tags are those of Linux's own EFI stub, so that tools which know a stub's log know this one; the digest of the
-    initrd is of its bytes, that of the command line of its UTF-16 text with the final zero.
+    `configuration` is the header of the boot window, `acpi` the ACPI tables: the machine's part. Without them RTMR0
+    cannot be told.
     """
-    log = log or EventLog.empty()
-    log = log.measured(1, EventType.EFI_BOOT_SERVICES_APPLICATION, b"kernel\0", hashlib.sha384(kernel).digest())
-    text = command_line.encode("utf-16-le") + bytes(2)
-    log = log.measured(2, EventType.EVENT_TAG, _tagged(LOAD_OPTIONS_TAG, b"LOADED_IMAGE::LoadOptions\0"), _sha(text))
-    if initrd is not None:
-        log = log.measured(2, EventType.EVENT_TAG, _tagged(INITRD_TAG, b"Linux initrd\0"), _sha(initrd))
+
+    kernel: bytes
+    command_line: str
+    initrd: bytes = b""
+    configuration: bytes | None = None
+    acpi: bytes | None = None
+
+
+def linux_boot_log(boot: LinuxBoot) -> EventLog:
+    """The log that the TD firmware (native/guests/firmware.c) leaves behind, and with it the RTMRs.
+
+    The machine's configuration goes into RTMR0, the kernel into RTMR1, command line and initrd into RTMR2; a separator
+    ends each.
+    """
+    try:
+        line = boot.command_line.encode("ascii")
+    except UnicodeEncodeError:
+        raise MalformedError(f"the kernel command line {boot.command_line!r} is not ASCII") from None
+    log = EventLog.empty()
+    if boot.configuration is not None:
+        log = log.measured(0, EventType.PLATFORM_CONFIG_FLAGS, boot.configuration)
+    if boot.acpi is not None:
+        log = log.measured(0, EventType.PLATFORM_CONFIG_FLAGS, b"ACPI DATA", _sha(boot.acpi))
+    log = log.measured(1, EventType.IPL, b"kernel", _sha(boot.kernel))
+    log = log.measured(2, EventType.IPL, line)
+    if boot.initrd:
+        log = log.measured(2, EventType.IPL, b"initrd", _sha(boot.initrd))
+    for rtmr in SEPARATED:
+        log = log.measured(rtmr, EventType.SEPARATOR, bytes(4))
     return log
 
 
 def _sha(data: bytes) -> bytes:
     return hashlib.sha384(data).digest()
-
-
-def _tagged(tag: int, name: bytes) -> bytes:
-    """TCG_PCClientTaggedEvent."""
-    return tag.to_bytes(4, "little") + len(name).to_bytes(4, "little") + name

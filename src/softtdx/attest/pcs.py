@@ -6,16 +6,11 @@ hexadecimal at `/sgx/certification/v4/rootcacrl`, and both ways are here. Every 
 
 from __future__ import annotations
 
-import asyncio
 import json
 import secrets
-import socket
-import threading
 from collections.abc import Mapping
-from typing import Any
 from urllib.parse import quote as url_quote
 
-import uvicorn
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from starlette.applications import Starlette
@@ -23,21 +18,16 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from softtdx.attest.errors import ServiceUnavailableError
+from softtdx.attest.http_service import HttpListener
 from softtdx.attest.keys import sign_raw
 from softtdx.attest.pki import Pki
 from softtdx.attest.tcb import timestamp
+from softtdx.attest.tls import TlsFiles
 
 __all__ = ["DEFAULT_PORT", "PcsListener", "make_app"]
 
 DEFAULT_PORT = 8081
-REQUEST_TIMEOUT = 10.0
-KEEP_ALIVE = 5
-MAX_CONNECTIONS = 512
-MAX_REQUEST_HEAD = 16 * 1024
-BACKLOG = 256
 
 SGX, TDX = "/sgx/certification/v4", "/tdx/certification/v4"
 JSON, DER, PEM = "application/json", "application/pkix-crl", "application/x-pem-file"
@@ -220,87 +210,10 @@ def make_app(pki: Pki) -> Starlette:
     )
 
 
-class _PromptProtocol(H11Protocol):
-    """HTTP/1.1, and a client that does not come out with its request in time is dropped."""
+class PcsListener(HttpListener):
+    """The service on a TCP port."""
 
-    _deadline: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
-        self._deadline = self.loop.call_later(REQUEST_TIMEOUT, self._give_up)
-
-    def _give_up(self) -> None:
-        if self.cycle is None and not self.transport.is_closing():
-            self.transport.close()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
-        super().connection_lost(exc)
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """A listening socket whose protocol is named: asyncio turns Nagle's delay off only for such."""
-    family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    listener = socket.socket(family, kind, socket.IPPROTO_TCP)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(BACKLOG)
-    except OSError:
-        listener.close()
-        raise
-    return listener
-
-
-class PcsListener:
-    """The service on a TCP port; `start` serves in a thread, `serve_forever` in this one."""
-
-    def __init__(self, pki: Pki, host: str = "127.0.0.1", port: int = DEFAULT_PORT) -> None:
-        try:
-            self._socket = _listen(host, port)
-        except (OSError, OverflowError) as error:
-            raise ServiceUnavailableError(f"the PCS cannot listen on {host}:{port}: {error}") from None
-        config = uvicorn.Config(
-            make_app(pki),
-            http=_PromptProtocol,
-            ws="none",
-            lifespan="off",
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            timeout_keep_alive=KEEP_ALIVE,
-            limit_concurrency=MAX_CONNECTIONS,
-            h11_max_incomplete_event_size=MAX_REQUEST_HEAD,
-        )
-        self._server = uvicorn.Server(config)
-        self._thread: threading.Thread | None = None
-
-    @property
-    def url(self) -> str:
-        """Where clients find it."""
-        host, port, *_ = self._socket.getsockname()
-        return f"http://{host}:{port}"
-
-    def serve_forever(self) -> None:
-        """Serve until the process is told to stop."""
-        self._server.run(sockets=[self._socket])
-
-    def start(self) -> PcsListener:
-        """Serve in a thread of its own."""
-        self._thread = threading.Thread(target=self.serve_forever, name="softtdx-pcs", daemon=True)
-        self._thread.start()
-        return self
-
-    def close(self) -> None:
-        """Stop serving."""
-        self._server.should_exit = True
-        if self._thread is not None:
-            self._thread.join()
-        self._socket.close()
-
-    def __enter__(self) -> PcsListener:
-        return self.start()
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __init__(
+        self, pki: Pki, host: str = "127.0.0.1", port: int = DEFAULT_PORT, tls: TlsFiles | None = None
+    ) -> None:
+        super().__init__(make_app(pki), "PCS", host, port, tls)

@@ -20,7 +20,7 @@ from softtdx.attest import x509 as profile
 from softtdx.attest.collateral import Collateral
 from softtdx.attest.errors import PkiError
 from softtdx.attest.keys import KeySource, sign_raw
-from softtdx.attest.sgx_extension import PckExtension
+from softtdx.attest.sgx_extension import CONFIGURATION_FLAGS, PckExtension
 from softtdx.attest.tcb import (
     PlatformTcb,
     QeIdentityValues,
@@ -31,11 +31,12 @@ from softtdx.attest.tcb import (
 )
 from softtdx.attest.x509 import CertSpec, Issuer
 
-__all__ = ["EXPIRABLE", "KEY_NAMES", "REVOCABLE", "Pki", "PkiOptions", "PlatformIds"]
+__all__ = ["EXPIRABLE", "KEY_NAMES", "PLATFORM_FLAGS", "REVOCABLE", "Pki", "PkiOptions", "PlatformIds"]
 
 KEY_NAMES = ("root", "platform", "processor", "tcb", "pck", "attestation")
 REVOCABLE = ("pck", "platform", "processor", "tcb")
 EXPIRABLE = ("root", "platform", "processor", "tcb", "pck", "root-crl", "pck-crl", "tcb-info", "qe-identity")
+PLATFORM_FLAGS = CONFIGURATION_FLAGS
 CA_NAMES = {"platform": profile.PLATFORM_CA_CN, "processor": profile.PROCESSOR_CA_CN}
 
 EPOCH = datetime(2024, 1, 1, tzinfo=UTC)
@@ -66,8 +67,9 @@ class PkiOptions:
     """What the documents of a PKI say.
 
     `tcb` must agree with what the platform's TDREPORTs carry. `ca` issues the PCK certificate: "platform" or
-    "processor". `revoked` and `expired` name certificates and documents (see REVOCABLE, EXPIRABLE). `pcs_url` is where
-    the certificates say that CRLs are to be had.
+    "processor". `revoked` and `expired` name certificates and documents (see REVOCABLE, EXPIRABLE). `platform_flags`
+    are those of PLATFORM_FLAGS that the PCK certificate sets; strict policies want none. `pcs_url` is where the
+    certificates say that CRLs are to be had.
     """
 
     tcb: PlatformTcb = field(default_factory=PlatformTcb)
@@ -76,6 +78,7 @@ class PkiOptions:
     ca: str = "platform"
     revoked: frozenset[str] = frozenset()
     expired: frozenset[str] = frozenset()
+    platform_flags: frozenset[str] = frozenset()
     issued: datetime = EPOCH
     pcs_url: str = "http://127.0.0.1:8081"
 
@@ -85,6 +88,8 @@ class PkiOptions:
             _one_of("revoked", name, REVOCABLE)
         for name in self.expired:
             _one_of("expired", name, EXPIRABLE)
+        for name in self.platform_flags:
+            _one_of("platform flag", name, PLATFORM_FLAGS)
         _one_of("TCB status", self.vary.status, PLATFORM_STATUSES)
         _one_of("TDX module status", self.vary.module_status, MODULE_STATUSES)
         _one_of("QE status", self.vary.qe_status, QE_STATUSES)
@@ -178,9 +183,9 @@ class Pki:
         return replace(
             extension,
             platform_instance_id=self.ids.instance_id,
-            dynamic_platform=False,
-            cached_keys=False,
-            smt_enabled=True,
+            dynamic_platform="dynamic_platform" in self.options.platform_flags,
+            cached_keys="cached_keys" in self.options.platform_flags,
+            smt_enabled="smt_enabled" in self.options.platform_flags,
         )
 
     @cached_property

@@ -70,14 +70,20 @@ class QuotingEnclave:
             chain=pki.pck_chain.encode(),
         )
 
-    def quote(self, tdreport: bytes, *, version: int = 4, body_type: int | None = None) -> bytes:
+    def quote(self, tdreport: bytes, *, version: int | None = None, body_type: int | None = None) -> bytes:
         """A quote of the TDREPORT (1024 bytes).
 
-        `version` 4, or 5 with `body_type` 2 (TDX 1.0), 3 (1.5, the default) or 4 (1.5 extended). Raises `QuotingError`
-        when the report is not this platform's, `MalformedError` when it is no TDREPORT.
+        `version` 4, or 5 with `body_type` 2 (TDX 1.0), 3 (1.5, the default) or 4 (1.5 extended); if None, what Intel's
+        enclave makes of such a report: 5 when the TD is bound to service TDs, else 4. Raises `QuotingError` when the
+        report is not this platform's, `MalformedError` when it is no TDREPORT.
         """
-        kind = _body_kind(version, body_type)
         report = self.check(tdreport)
+        bound = report.report_mac.report_type.version > 0 or any(report.td_info.servtd_hash)
+        if version is None:
+            version = QUOTE_V5 if bound or body_type not in (None, BodyType.TD10) else QUOTE_V4
+        kind = _body_kind(version, body_type)
+        if bound and kind is BodyType.TD10:
+            raise QuotingError("the TD is bound to service TDs, which a TDX 1.0 body cannot say; ask for a 1.5 body")
         body = body_of_report(report, kind)
         if isinstance(body, TdBody15Ex):
             tcb = self.pki.options.tcb

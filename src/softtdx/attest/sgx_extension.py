@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from softtdx.attest import der
 from softtdx.attest.errors import MalformedError
 
-__all__ = ["SGX_EXTENSION_OID", "PckExtension"]
+__all__ = ["CONFIGURATION_FLAGS", "SGX_EXTENSION_OID", "PckExtension"]
 
 SGX_EXTENSION_OID = "1.2.840.113741.1.13.1"
 BASE = bytes.fromhex("2a864886f84d010d01")

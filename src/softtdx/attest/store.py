@@ -28,7 +28,7 @@ from softtdx.attest.pki import KEY_NAMES, Pki, PkiOptions, PlatformIds
 from softtdx.attest.tcb import PlatformTcb, QeIdentityValues, TcbStatus, TcbVariation
 from softtdx.errors import SoftTdxError
 
-__all__ = ["load_pki", "save_pki"]
+__all__ = ["key_pem", "load_pki", "save_pki", "write_private"]
 
 FORMAT = 1
 STATUS_FIELDS = ("status", "module_status", "qe_status")
@@ -44,7 +44,7 @@ def save_pki(pki: Pki, directory: str | Path, *, replace: bool = False) -> Path:
         (base / "keys").mkdir(parents=True, exist_ok=True, mode=0o700)
         (base / "keys").chmod(0o700)
         for name, key in pki.keys.items():
-            _write_private(base / "keys" / f"{name}.pem", _key_pem(key))
+            write_private(base / "keys" / f"{name}.pem", key_pem(key))
         for name, data in _documents(pki).items():
             (base / name).write_bytes(data)
     except OSError as error:
@@ -89,7 +89,7 @@ def _documents(pki: Pki) -> dict[str, bytes]:
     }
 
 
-def _write_private(path: Path, data: bytes) -> None:
+def write_private(path: Path, data: bytes) -> None:
     """A file that is never, not even for a moment, readable by others."""
     path.unlink(missing_ok=True)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -97,7 +97,8 @@ def _write_private(path: Path, data: bytes) -> None:
         file.write(data)
 
 
-def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+def key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    """The private key in PEM, not encrypted."""
     return key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
@@ -146,6 +147,7 @@ def _options(record: dict[str, Any]) -> PkiOptions:
         ca=record["ca"],
         revoked=frozenset(record["revoked"]),
         expired=frozenset(record["expired"]),
+        platform_flags=frozenset(record["platform_flags"]),
         issued=datetime.fromisoformat(record["issued"]),
         pcs_url=record["pcs_url"],
     )

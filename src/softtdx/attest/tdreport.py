@@ -36,8 +36,10 @@ def attribute_bits() -> dict[str, int]:
 
 def attribute_names(attributes: int) -> list[str]:
     """The names of the bits set, an unnamed one as `bit N`."""
-    known = {value: name for name, value in attribute_bits().items()}
-    return [known.get(1 << bit, f"bit {bit}") for bit in range(64) if attributes >> bit & 1]
+    return [NAMES.get(1 << bit, f"bit {bit}") for bit in range(64) if attributes >> bit & 1]
+
+
+NAMES = {value: name for name, value in attribute_bits().items()}
 
 
 def describe_tdreport(report: TdReport) -> dict[str, object]:

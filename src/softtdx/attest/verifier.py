@@ -27,6 +27,7 @@ from softtdx.attest.quote import (
 )
 from softtdx.attest.sgx_extension import PckExtension
 from softtdx.attest.tcb import TcbStatus, converge
+from softtdx.attest.tdreport import attribute_names
 from softtdx.errors import SoftTdxError
 
 __all__ = ["Step", "Verdict", "VerificationError", "Verifier"]
@@ -323,7 +324,7 @@ def _check_attributes(quote: Quote, run: _Run) -> None:
         raise MalformedError("the TD has SERVTD_EXT")
     if not attributes & Attributes.SEPT_VE_DISABLE:
         raise MalformedError("SEPT_VE_DISABLE is not set: the host can inject #VE")
-    run.did("TD attributes", f"{attributes:#x}: not debugged, SEPT_VE_DISABLE set")
+    run.did("TD attributes", f"{attributes:#x} ({', '.join(attribute_names(attributes))}): none that is refused")
 
 
 def _conclude(run: _Run) -> Verdict:

@@ -20,12 +20,16 @@ __all__ = ["main"]
 _MODULES: dict[str, tuple[str, str]] = {
     "demo": ("demo", "Build a TD from nothing, run it, take its quote and verify it."),
     "run": ("run", "Run a freestanding ELF64 or flat program as a TD (or, with --vm, as an ordinary VM)."),
+    "boot": ("boot", "Boot an unmodified Linux kernel in a TD (or, with --vm, in an ordinary VM)."),
+    "images": ("images", "Fetch Debian's kernel and busybox for softtdx boot."),
     "bench": ("bench", "Measure the interpreter, SEAMCALLs, TD builds and attestation on this machine."),
     "abi": ("abi", "Look up leaves, statuses, S-EPT entries and metadata fields."),
+    "attack": ("attack", "Try what real attackers try."),
     "replay": ("replay", "Replay recorded behaviour of a TDX module and compare."),
     "pki": ("attest", "Make the certificates of a simulated platform."),
     "pcs": ("attest", "Serve collateral over HTTP, as Intel's PCCS does."),
     "qgs": ("attest", "Serve quotes, as the quote generation service does."),
+    "guest-api": ("guest_api", "Offer a TD's tsm and tdx_guest interfaces to programs outside a TD."),
     "quote": ("attest", "Take a quote."),
     "verify": ("attest", "Verify a quote and explain the verdict."),
     "inspect": ("attest", "Decode a quote, TDREPORT or event log."),
@@ -40,7 +44,7 @@ _EXIT_INTERRUPTED = 128 + signal.SIGINT
 class _LazyGroup(click.Group):
     """A group that imports a command's module when the command is asked for."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click gives it
         return [name for name, (module, _) in _MODULES.items() if _has_module(module)]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:

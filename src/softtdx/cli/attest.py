@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from softtdx.abi.structs import REPORTDATA_SIZE
 from softtdx.attest import (
     Collateral,
     Pki,
@@ -25,56 +26,45 @@ from softtdx.attest import (
     verify_with_dcap_qvl,
 )
 from softtdx.attest.errors import CollateralError, MalformedError
-from softtdx.attest.pki import EXPIRABLE, REVOCABLE
+from softtdx.attest.pki import EXPIRABLE, PLATFORM_FLAGS, REVOCABLE
 from softtdx.attest.store import load_pki, save_pki
+from softtdx.cli.attest_common import hex_bytes, json_option, read_file, show, write_file
+from softtdx.cli.measurement import events, measure
 from softtdx.errors import SoftTdxError
 from softtdx.hw.description import PlatformDescription, preset, preset_names
 from softtdx.hw.seamops import RandomSource, SeamOpsEngine, SeamOpsStatus
 from softtdx.seamldr.release import SEAM_SVN
 
-__all__ = ["COMMANDS"]
+__all__ = [
+    "COMMANDS",
+    "load_description",
+    "need_pki",
+    "pki_option",
+    "platform_option",
+    "platform_pki",
+    "platform_tcb",
+    "report_engine",
+]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
-_MAX_FILE = 64 << 20
 _EXIT_REJECTED = 1
-_NOT_SHOWN = 160
 
 
-def _json_option(function: _F) -> _F:
-    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(function)
-
-
-def _platform_option(function: _F) -> _F:
+def platform_option(function: _F) -> _F:
+    """`--platform`, for commands that act for a simulated platform."""
     return click.option(
         "--platform", "platform_name", default="spr", show_default=True, help="Preset or description (TOML)."
     )(function)
 
 
 _PKI_ENV = "SOFTTDX_PKI"
-_pki_option = click.option(
+pki_option = click.option(
     "--pki", "pki_dir", envvar=_PKI_ENV, type=click.Path(path_type=Path), help="PKI directory (or SOFTTDX_PKI)."
 )
 
 
-def _read(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            data = file.read(_MAX_FILE + 1)
-    except OSError as error:
-        raise MalformedError(f"{path} cannot be read: {error.strerror}") from None
-    if len(data) > _MAX_FILE:
-        raise MalformedError(f"{path} is larger than {_MAX_FILE >> 20} MiB")
-    return data
-
-
-def _write(path: Path, data: bytes) -> None:
-    try:
-        path.write_bytes(data)
-    except OSError as error:
-        raise MalformedError(f"{path} cannot be written: {error.strerror}") from None
-
-
-def _description(name: str) -> PlatformDescription:
+def load_description(name: str) -> PlatformDescription:
+    """A preset, or a description in a TOML file."""
     return preset(name) if name in preset_names() else PlatformDescription.from_toml(name)
 
 
@@ -83,22 +73,16 @@ def platform_tcb(description: PlatformDescription) -> PlatformTcb:
     return PlatformTcb(cpu_svn=description.cpu_svn, tee_tcb_svn=bytes(SEAM_SVN).ljust(16, b"\0"))
 
 
-def report_verifier(description: PlatformDescription) -> Callable[[bytes], bool]:
-    """What knows the MACs of that platform: its report key follows from its seed."""
-    entropy = RandomSource(description.seed, "report verification")
+def report_engine(description: PlatformDescription) -> SeamOpsEngine:
+    """What makes and knows the MACs of that platform: its report key follows from its seed."""
     key = RandomSource(description.seed, "report key").bytes(32)
-    engine = SeamOpsEngine(key, description.cpu_svn, entropy)
+    return SeamOpsEngine(key, description.cpu_svn, RandomSource(description.seed, "attestation commands"))
+
+
+def report_verifier(description: PlatformDescription) -> Callable[[bytes], bool]:
+    """Whether a REPORTMACSTRUCT was made on that platform."""
+    engine = report_engine(description)
     return lambda head: engine.verify(head) is SeamOpsStatus.SUCCESS
-
-
-def _hex(text: str, what: str, size: int | None = None) -> bytes:
-    try:
-        data = bytes.fromhex(text)
-    except ValueError:
-        raise MalformedError(f"{what} {text!r} is not hexadecimal") from None
-    if size is not None and len(data) != size:
-        raise MalformedError(f"{what} {text} is {len(data)} bytes, not {size}")
-    return data
 
 
 def _when(text: str | None) -> int:
@@ -114,27 +98,6 @@ def _when(text: str | None) -> int:
         raise MalformedError(f"{text!r} is no time; write 2026-01-31, 2026-01-31T12:00:00Z or Unix seconds") from None
 
 
-def _lines(value: Any, indent: int = 0) -> Iterable[str]:
-    """Nested mappings and lists as indented lines."""
-    pad = " " * indent
-    items = value.items() if isinstance(value, Mapping) else enumerate(value)
-    for key, item in items:
-        nested = isinstance(item, Mapping) or (isinstance(item, list) and any(isinstance(i, Mapping) for i in item))
-        if nested and item:
-            yield f"{pad}{key}:"
-            yield from _lines(item, indent + 2)
-        else:
-            text = ", ".join(map(str, item)) if isinstance(item, list) else str(item)
-            yield f"{pad}{key}: {text}"
-
-
-def _show(value: Mapping[str, Any], as_json: bool) -> None:
-    if as_json:
-        click.echo(json.dumps(value, indent=2))
-    else:
-        click.echo("\n".join(_lines(value)))
-
-
 @click.group()
 def pki() -> None:
     """Make the certificates and collateral of a simulated platform."""
@@ -142,8 +105,9 @@ def pki() -> None:
 
 @pki.command("init")
 @click.argument("directory", type=click.Path(path_type=Path))
-@click.option("--seed", type=int, help="The same seed gives the same PKI to the byte; without one it is random.")
-@_platform_option
+@click.option("--seed", type=int, help="The same seed gives the same PKI to the byte. [default: the platform's]")
+@click.option("--random", "at_random", is_flag=True, help="Keys that nobody can make again.")
+@platform_option
 @click.option("--ca", type=click.Choice(["platform", "processor"]), default="platform", show_default=True)
 @click.option("--tcb-status", default="UpToDate", show_default=True, help="What TCB info says of the platform.")
 @click.option("--module-status", default="UpToDate", show_default=True, help="UpToDate, OutOfDate or Revoked.")
@@ -152,20 +116,35 @@ def pki() -> None:
 @click.option("--revoke", "revoked", multiple=True, type=click.Choice(REVOCABLE), help="Put on its issuer's CRL.")
 @click.option("--expire", "expired", multiple=True, type=click.Choice(EXPIRABLE), help="Let it have run out.")
 @click.option("--no-match", is_flag=True, help="Let every TCB level ask for more than the platform has.")
+@click.option("--platform-flag", "flags", multiple=True, type=click.Choice(PLATFORM_FLAGS), help="Set in the PCK.")
 @click.option("--pcs-url", default=PkiOptions.pcs_url, show_default=True, help="Where certificates say CRLs are.")
 @click.option("--replace", is_flag=True, help="Replace a PKI that is there.")
 def pki_init(
-    directory: Path, seed: int | None, platform_name: str, ca: str, pcs_url: str, replace: bool, **verdict: Any
+    directory: Path,
+    seed: int | None,
+    at_random: bool,
+    platform_name: str,
+    ca: str,
+    pcs_url: str,
+    replace: bool,
+    **verdict: Any,
 ) -> None:
-    """Make a PKI in DIRECTORY: root, PCK CAs, PCK certificate, CRLs, TCB info, QE identity, keys (mode 0600)."""
+    """Make a PKI in DIRECTORY: root, PCK CAs, PCK certificate, CRLs, TCB info, QE identity, keys (mode 0600).
+
+    Unless told otherwise it is the platform's own: the one that `softtdx run` and `softtdx demo` quote under.
+    """
+    description = load_description(platform_name)
+    if seed is None and not at_random:
+        seed = description.seed
     made = Pki.create(
         seed,
-        tcb=platform_tcb(_description(platform_name)),
+        tcb=platform_tcb(description),
         ca=ca,
         pcs_url=pcs_url,
         vary=_variation(verdict),
         revoked=frozenset(verdict["revoked"]),
         expired=frozenset(verdict["expired"]),
+        platform_flags=frozenset(verdict["flags"]),
     )
     save_pki(made, directory, replace=replace)
     click.echo(f"{directory}: root.pem is what verifiers trust, collateral.json is what they need beside a quote")
@@ -190,12 +169,12 @@ def _status(text: str) -> TcbStatus:
 
 @pki.command("show")
 @click.argument("directory", type=click.Path(path_type=Path))
-@_json_option
-def pki_show(directory: Path, as_json: bool) -> None:
+@json_option
+def pkishow(directory: Path, as_json: bool) -> None:
     """Show what the PKI in DIRECTORY says."""
     found = load_pki(directory)
     options = found.options
-    _show(
+    show(
         {
             "root_sha256": found.root_fingerprint,
             "fmspc": options.tcb.fmspc.hex(),
@@ -207,12 +186,14 @@ def pki_show(directory: Path, as_json: bool) -> None:
             "qe_status": str(options.vary.qe_status),
             "revoked": sorted(options.revoked),
             "expired": sorted(options.expired),
+            "platform_flags": sorted(options.platform_flags),
         },
         as_json,
     )
 
 
-def _need_pki(directory: Path | None) -> Pki:
+def need_pki(directory: Path | None) -> Pki:
+    """The PKI that `--pki` names."""
     if directory is None:
         raise CollateralError("which PKI? Give --pki DIR (make one with `softtdx pki init DIR`) or set SOFTTDX_PKI")
     return load_pki(directory)
@@ -224,14 +205,17 @@ def pcs() -> None:
 
 
 @pcs.command("serve")
-@_pki_option
+@pki_option
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", default=8081, show_default=True, type=click.IntRange(0, 65535))
-def pcs_serve(pki_dir: Path | None, host: str, port: int) -> None:
+@click.option("--tls", is_flag=True, help="HTTPS, with a certificate of its own that is kept as tls.pem in the PKI.")
+def pcs_serve(pki_dir: Path | None, host: str, port: int, tls: bool) -> None:
     """Serve the PKI's collateral until interrupted."""
     from softtdx.attest.pcs import PcsListener  # the web server is for this command only
+    from softtdx.attest.tls import tls_files
 
-    listener = PcsListener(_need_pki(pki_dir), host, port)
+    pki = need_pki(pki_dir)
+    listener = PcsListener(pki, host, port, tls_files(pki_dir) if tls and pki_dir else None)
     click.echo(f"PCS at {listener.url}/sgx/certification/v4/ and /tdx/certification/v4/")
     listener.serve_forever()
 
@@ -242,14 +226,14 @@ def qgs() -> None:
 
 
 @qgs.command("serve")
-@_pki_option
-@_platform_option
+@pki_option
+@platform_option
 @click.option("--listen", default="127.0.0.1:4050", show_default=True, help="unix:PATH, or HOST:PORT.")
 def qgs_serve(pki_dir: Path | None, platform_name: str, listen: str) -> None:
     """Turn TDREPORTs of the platform into quotes until interrupted."""
     from softtdx.attest.qgs import QgsListener, parse_address  # for this command only
 
-    enclave = QuotingEnclave(_need_pki(pki_dir), report_verifier(_description(platform_name)))
+    enclave = QuotingEnclave(need_pki(pki_dir), report_verifier(load_description(platform_name)))
     listener = QgsListener(enclave, parse_address(listen))
     click.echo(f"QGS at {listen if listen.startswith('unix:') else listener.address}")
     try:
@@ -259,38 +243,58 @@ def qgs_serve(pki_dir: Path | None, platform_name: str, listen: str) -> None:
 
 
 @click.command()
-@click.option("--report", "report_path", type=click.Path(path_type=Path), required=True, help="A TDREPORT.")
-@_pki_option
-@_platform_option
+@click.option("--report", "report_path", type=click.Path(path_type=Path), help="A TDREPORT of the platform.")
+@click.option("--report-data", help="Build a TD, and quote it with this report data (hex, up to 64 bytes).")
+@pki_option
+@platform_option
 @click.option("--qgs", "qgs_address", help="Ask this quote generation service instead of quoting here.")
-@click.option("--version", type=click.Choice(["4", "5"]), default="4", show_default=True)
+@click.option("--version", type=click.Choice(["4", "5"]), help="[default: what such a report gets]")
 @click.option("--body-type", type=click.Choice(["2", "3", "4"]), help="Of a version 5 quote: TDX 1.0, 1.5, 1.5 ex.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True)
-def quote(
-    report_path: Path,
-    pki_dir: Path | None,
-    platform_name: str,
-    qgs_address: str | None,
-    version: str,
-    body_type: str | None,
-    output: Path,
-) -> None:
-    """Make a quote of a TDREPORT taken on the platform."""
-    report = _read(report_path)
-    if qgs_address is not None:
+def quote(report_path: Path | None, report_data: str | None, output: Path, **given: Any) -> None:
+    """Make a quote: of a TDREPORT taken on the platform, or of a TD that is built, run and asked for its report.
+
+    Without --pki the platform's own PKI is used (`softtdx pki init` writes it).
+    """
+    if (report_path is None) == (report_data is None):
+        raise MalformedError("give --report FILE to quote a TDREPORT, or --report-data HEX to quote a new TD")
+    description = load_description(given["platform_name"])
+    report = read_file(report_path) if report_path else _report_of_new_td(description, str(report_data))
+    if given["qgs_address"] is not None:
         from softtdx.attest.qgs import QgsClient, parse_address  # for this option only
 
-        data = QgsClient(parse_address(qgs_address)).quote(report)
+        data = QgsClient(parse_address(given["qgs_address"])).quote(report)
     else:
-        enclave = QuotingEnclave(_need_pki(pki_dir), report_verifier(_description(platform_name)))
-        data = enclave.quote(report, version=int(version), body_type=int(body_type) if body_type else None)
-    _write(output, data)
+        pki = platform_pki(description) if given["pki_dir"] is None else load_pki(given["pki_dir"])
+        enclave = QuotingEnclave(pki, report_verifier(description))
+        data = enclave.quote(report, version=_int(given["version"]), body_type=_int(given["body_type"]))
+    write_file(output, data)
     click.echo(f"{output}: {len(data)} bytes")
+
+
+def _report_of_new_td(description: PlatformDescription, report_data: str) -> bytes:
+    from softtdx.vmm.attesting_td import AttestingTd  # building a TD is for this option only
+    from softtdx.vmm.boot import boot_host
+
+    data = hex_bytes(report_data, "report data")
+    if len(data) > REPORTDATA_SIZE:
+        raise MalformedError(f"report data is at most {REPORTDATA_SIZE} bytes, this is {len(data)}")
+    with AttestingTd(boot_host(description)) as td:
+        return td.report(data.ljust(REPORTDATA_SIZE, b"\0"))
+
+
+def platform_pki(description: PlatformDescription) -> Pki:
+    """The platform's own PKI: what `softtdx run` and `softtdx demo` quote under."""
+    return Pki.create(description.seed, tcb=platform_tcb(description))
+
+
+def _int(text: str | None) -> int | None:
+    return None if text is None else int(text)
 
 
 @click.command()
 @click.argument("quote_path", metavar="QUOTE", type=click.Path(path_type=Path))
-@_pki_option
+@pki_option
 @click.option("--collateral", "collateral_path", type=click.Path(path_type=Path), help="Collateral (JSON).")
 @click.option("--pcs", "pcs_url", help="Fetch the collateral from this PCS or PCCS.")
 @click.option("--root", "root_path", type=click.Path(path_type=Path), help="Trusted root certificate (PEM or DER).")
@@ -299,10 +303,10 @@ def quote(
 @click.option("--at", "when", help="Judge as of this time (ISO 8601 or Unix seconds).")
 @click.option("--signatures-only", is_flag=True, help="Look only at the quote's own signatures; needs no collateral.")
 @click.option("--second-opinion", is_flag=True, help="Let dcap-qvl judge as well, and demand that both agree.")
-@_json_option
+@json_option
 def verify(quote_path: Path, as_json: bool, second_opinion: bool, **given: Any) -> int:
     """Verify QUOTE and explain the verdict step by step. Exit status 0 only when it is accepted."""
-    data = _read(quote_path)
+    data = read_file(quote_path)
     if given["signatures_only"]:
         verdict, other = Verifier(_root(given)).verify_signatures(data), None
     else:
@@ -321,12 +325,12 @@ def _policy(given: Mapping[str, Any]) -> Policy:
     policy = Policy() if given["policy_path"] is None else Policy.load(given["policy_path"])
     if given["report_data"] is None:
         return policy
-    return policy.expecting(_hex(given["report_data"], "report data"))
+    return policy.expecting(hex_bytes(given["report_data"], "report data"))
 
 
 def _root(given: Mapping[str, Any]) -> bytes:
     if given["root_path"] is not None:
-        return _read(given["root_path"])
+        return read_file(given["root_path"])
     if given["pki_dir"] is not None:
         return load_pki(given["pki_dir"]).root_der
     raise CollateralError("which root certificate is trusted? Give --root FILE or --pki DIR")
@@ -371,97 +375,12 @@ def _explain(verdict: Verdict, other: str | None) -> None:
 
 @click.command()
 @click.argument("path", metavar="FILE", type=click.Path(path_type=Path))
-@_json_option
+@json_option
 def inspect(path: Path, as_json: bool) -> None:
     """Decode every field of FILE: a quote, TDREPORT, event log, CCEL table, certificate, CRL or collateral."""
     from softtdx.attest.inspection import inspect_bytes  # for this command only
 
-    _show(inspect_bytes(_read(path)), as_json)
-
-
-@click.group()
-def events() -> None:
-    """Work with measured-boot event logs (CCEL)."""
-
-
-@events.command("replay")
-@click.argument("log_path", metavar="LOG", type=click.Path(path_type=Path))
-@click.option("--quote", "quote_path", type=click.Path(path_type=Path), help="The quote whose RTMRs it must explain.")
-@click.option("--report", "report_path", type=click.Path(path_type=Path), help="Likewise, a TDREPORT.")
-@_json_option
-def events_replay(log_path: Path, quote_path: Path | None, report_path: Path | None, as_json: bool) -> int:
-    """Compute the RTMRs that follow from LOG, and compare. Exit status 1 when they differ."""
-    from softtdx.attest import Quote, parse_tdreport  # for this command only
-    from softtdx.attest.eventlog import EventLog
-
-    log = EventLog.parse(_read(log_path))
-    computed = log.rtmrs()
-    if quote_path is not None:
-        expected = Quote.parse(_read(quote_path)).body.rtmrs
-    elif report_path is not None:
-        info = parse_tdreport(_read(report_path)).td_info
-        expected = (info.rtmr0, info.rtmr1, info.rtmr2, info.rtmr3)
-    else:
-        _show({f"rtmr{number}": value.hex() for number, value in enumerate(computed)}, as_json)
-        return 0
-    result = log.replay(expected)
-    rows = [
-        {"rtmr": number, "log": have.hex(), "reported": want.hex(), "match": have == want}
-        for number, (have, want) in enumerate(zip(computed, expected, strict=True))
-    ]
-    if as_json:
-        click.echo(json.dumps({"events": len(log.events), "ok": result.ok, "rtmrs": rows}, indent=2))
-    else:
-        for row in rows:
-            click.echo(f"RTMR{row['rtmr']}  {'ok  ' if row['match'] else 'FAIL'}  {row['log']}")
-            if not row["match"]:
-                click.echo(f"       reported {row['reported']}")
-    return 0 if result.ok else _EXIT_REJECTED
-
-
-@events.command("show")
-@click.argument("log_path", metavar="LOG", type=click.Path(path_type=Path))
-@_json_option
-def events_show(log_path: Path, as_json: bool) -> None:
-    """List the events of LOG."""
-    from softtdx.attest.eventlog import EventLog  # for this command only
-
-    described = [event.describe() for event in EventLog.parse(_read(log_path)).events]
-    if as_json:
-        click.echo(json.dumps(described, indent=2))
-        return
-    for entry in described:
-        digest = str(entry["digest"])[:16]
-        click.echo(f"{entry['register']}  {digest}  {entry['type']:<34} {str(entry['text'])[:_NOT_SHOWN]}")
-
-
-@click.group()
-def measure() -> None:
-    """Compute reference values ahead of time, to put into a policy."""
-
-
-@measure.command("linux")
-@click.option("--kernel", type=click.Path(path_type=Path), required=True)
-@click.option("--append", "command_line", default="", help="The kernel command line.")
-@click.option("--initrd", type=click.Path(path_type=Path))
-@_json_option
-def measure_linux(kernel: Path, command_line: str, initrd: Path | None, as_json: bool) -> None:
-    """RTMR1 and RTMR2 of a direct Linux boot."""
-    from softtdx.attest.measure import linux_boot_log  # for this command only
-
-    log = linux_boot_log(_read(kernel), command_line, _read(initrd) if initrd else None)
-    rtmrs = log.rtmrs()
-    _show({"rtmr1": rtmrs[1].hex(), "rtmr2": rtmrs[2].hex()}, as_json)
-
-
-@measure.command("rtmr")
-@click.argument("digests", nargs=-1)
-@_json_option
-def measure_rtmr(digests: tuple[str, ...], as_json: bool) -> None:
-    """An RTMR extended with DIGESTS (SHA-384, hex) in this order, from zeroes."""
-    from softtdx.attest.eventlog import rtmr_of  # for this command only
-
-    _show({"rtmr": rtmr_of(_hex(item, "digest", 48) for item in digests).hex()}, as_json)
+    show(inspect_bytes(read_file(path)), as_json)
 
 
 COMMANDS: list[click.Command] = [pki, pcs, qgs, quote, verify, inspect, events, measure]

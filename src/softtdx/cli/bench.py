@@ -69,7 +69,25 @@ def _build(runs: int) -> Iterator[Figure]:
     yield from _figures("build", runs, "s", partial(bench_td_build, boot_host()), names)
 
 
-_SUITES: dict[str, Callable[[int], Iterator[Figure]]] = {"cpu": _cpu, "seamcall": _seamcall, "build": _build}
+def _attest(runs: int) -> Iterator[Figure]:
+    from softtdx.attest.bench import bench_pcs, bench_quote, bench_verify
+
+    verify = {
+        "ours_ms": "verification, collateral known",
+        "ours_anew_ms": "verification, all anew",
+        "dcap_qvl_ms": "verification by dcap-qvl",
+    }
+    yield from _figures("attest", runs, "/s", bench_quote, {"quotes_per_s": "quotes, one core"})
+    yield from _figures("attest", runs, "ms", bench_verify, verify)
+    yield from _figures("attest", runs, "/s", bench_pcs, {"requests_per_s": "PCS requests"})
+
+
+_SUITES: dict[str, Callable[[int], Iterator[Figure]]] = {
+    "cpu": _cpu,
+    "seamcall": _seamcall,
+    "build": _build,
+    "attest": _attest,
+}
 
 
 @click.command()

@@ -89,5 +89,6 @@ def result_json(result: MachineResult, events: EventStream, quoting: QuotingServ
         "td_exits": sum(n for name, n in result.stats.items() if name.startswith("exits:")),
         "exits": {name.removeprefix("exits:"): n for name, n in sorted(result.stats.items()) if ":" in name},
         "guest_instructions": result.instructions,
+        "undefined": result.undefined,
         "wall_s": round(result.wall_s, 4),
     }

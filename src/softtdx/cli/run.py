@@ -2,13 +2,16 @@
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import click
 
 from softtdx.cli.console import SIZE, LiveConsole, result_json
 from softtdx.errors import SoftTdxError
-from softtdx.vmm import End, Machine, MachineConfig, MachineResult, load_payload
+from softtdx.kvm import Host
+from softtdx.vmm import End, Machine, MachineConfig, MachineResult, Payload, load_payload
 from softtdx.vmm.boot import boot_host, describe
 from softtdx.vmm.quoting import QuotingService
 from softtdx.vmm.trace import write_trace
@@ -25,6 +28,9 @@ __all__ = ["COMMANDS"]
 @click.option("--platform", type=click.Path(), metavar="FILE.toml", help="The machine to simulate.")
 @click.option("--quote-out", type=click.Path(), metavar="FILE", help="Write the quote that the guest asked for.")
 @click.option("--trace", type=click.Path(), metavar="FILE", help="Write every wall crossing as JSON lines.")
+@click.option(
+    "--record", type=click.Path(), metavar="DIR", help="Record the TDX module's answers there, for `softtdx replay`."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end instead of the live console.")
 def run(
     payload: str,
@@ -35,6 +41,7 @@ def run(
     platform: str | None,
     quote_out: str | None,
     trace: str | None,
+    record: str | None,
     as_json: bool,
 ) -> int:
     """Run PAYLOAD, a freestanding ELF64 or flat binary, as a trust domain.
@@ -46,13 +53,40 @@ def run(
         raise SoftTdxError(
             "an ordinary VM has no ATTRIBUTES and no quote: --vm goes without --debug-td and --quote-out"
         )
+    if vm and record:
+        raise SoftTdxError("an ordinary VM does not use the TDX module: --vm goes without --record")
     program = load_payload(payload)
     config = MachineConfig(memory=memory, vcpus=vcpus, vm=vm, debug_td=debug_td)
-    host = boot_host(describe(platform), tdx=not vm)
+    with _host(platform, tdx=not vm, record=record, trace=trace) as host:
+        return _run(host, program, config, quote_out, as_json=as_json)
+
+
+@contextmanager
+def _host(platform: str | None, *, tdx: bool, record: str | None, trace: str | None) -> Iterator[Host]:
+    """The machine that is described, with its host kernel up and, with `tdx`, the TDX module.
+
+    `trace`: every event from the first SEAMCALL on goes there; `record`: all calls of the TDX module go there.
+    """
+    host = boot_host(describe(platform), tdx=False)
+    with ExitStack() as stack:
+        stack.enter_context(write_trace(host.platform.events, trace))
+        if record is not None:
+            from softtdx.replay import record as recording
+
+            stack.enter_context(recording(host.platform, record))
+        if tdx:
+            from softtdx.seamldr import development_release
+
+            host.enable_tdx(development_release())
+        yield host
+
+
+def _run(host: Host, program: Payload, config: MachineConfig, quote_out: str | None, *, as_json: bool) -> int:
+    vm = config.vm
     events = host.platform.events
     quoting = None if vm else QuotingService(host.platform)
     live = None if as_json else LiveConsole()
-    with write_trace(events, trace), Machine(host, config, console=live, quoting=quoting) as machine:
+    with Machine(host, config, console=live, quoting=quoting) as machine:
         machine.load(program)
         result = machine.run()
     if live is not None:
@@ -74,6 +108,8 @@ def _write_quote(path: str, quoting: QuotingService | None) -> None:
 
 
 def _status(result: MachineResult, *, quiet: bool) -> int:
+    if result.undefined:
+        click.echo(f"softtdx: instructions that the simulated processor lacks: {'; '.join(result.undefined)}", err=True)
     if result.end is End.EXIT:
         return result.status or 0
     if result.end is End.HALTED:

@@ -27,13 +27,15 @@ class EventStream:
     """Publishes `Event`s to its subscribers, in order, on the thread where they happen.
 
     Publishers test `stream.active` before they build an event, so with no subscriber a crossing costs one
-    attribute look-up. `counts` is always kept: it is what reports and `top` show.
+    attribute look-up. `counts` and `by_number` (kind and leaf, or kind and exit reason, of what the module does) are
+    always kept: they are what reports and `top` show.
     """
 
     def __init__(self) -> None:
         """A stream that nobody listens to."""
         self.active = False
         self.counts: Counter[str] = Counter()
+        self.by_number: Counter[tuple[str, int]] = Counter()
         self._subscribers: tuple[Callable[[Event], None], ...] = ()
 
     def subscribe(self, callback: Callable[[Event], None]) -> Callable[[], None]:

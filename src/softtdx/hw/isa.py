@@ -175,5 +175,8 @@ class SeamCpu:
         """The trace pins of the processor: nothing happens when nobody listens."""
         events = self._lp.platform.events
         events.counts[kind] += 1
+        number = data.get("leaf", data.get("reason"))
+        if isinstance(number, int):
+            events.by_number[kind, number] += 1
         if events.active:
             events.publish(kind, self.index, **data)

@@ -54,6 +54,7 @@ class LogicalProcessor:
         self.package = index // d.lps_per_package
         self.apic_id = index
         self.mode = Mode.VMX_ROOT
+        self._written: dict[int, int] = {}
         self.core = Core(platform.memory, self.apic_id)
         self.core.configure(tsc_hz=d.tsc_hz, tsc_real=d.tsc_real)
         if Msr.VMX_BASIC in d.msrs:
@@ -62,6 +63,7 @@ class LogicalProcessor:
             if self.core.rdmsr(msr) is None:
                 self.core.wrmsr(msr, value)
         self.interrupt_pending = False
+        self._tsc_seen = 0
         self.guest_engine: GuestEngine | None = None
         self._seam_cpu = SeamCpu(self)
         core = self.core
@@ -80,6 +82,8 @@ class LogicalProcessor:
         """
         if self.mode is not Mode.VMX_ROOT:
             raise UndefinedOpcode(f"SEAMCALL in {self.mode.value} mode")
+        if self._tsc_seen != self.platform.tsc:
+            self._follow_tsc()
         seam = self.platform.seam
         if not seam.enabled:
             raise GeneralProtection("SEAMCALL before SEAMRR is enabled")
@@ -131,6 +135,8 @@ class LogicalProcessor:
         """VMLAUNCH/VMRESUME by the host: an ordinary VM runs until its VM exit; returns the exit reason."""
         if self.mode is not Mode.VMX_ROOT:
             raise UndefinedOpcode(f"VMLAUNCH in {self.mode.value} mode by the host")
+        if self._tsc_seen != self.platform.tsc:
+            self._follow_tsc()
         return self.enter_guest(launch)
 
     def enter_guest(self, launch: bool) -> int:
@@ -148,14 +154,22 @@ class LogicalProcessor:
                     reason = core.vmcontinue()
         finally:
             self.mode = root
+            self.platform.tsc = self._tsc_seen = max(core.rdtsc(), self.platform.tsc)
         self.platform.events.counts["vm_exit"] += 1
         return reason
+
+    def _follow_tsc(self) -> None:
+        """The TSCs of a machine run in step: catch up with a processor whose virtual TSC has gone further."""
+        latest = self._tsc_seen = self.platform.tsc
+        behind = latest - self.core.rdtsc()
+        if behind > 0:
+            self.core.advance_tsc(behind)
 
     def retired_instructions(self) -> int:
         """IA32_FIXED_CTR0 over non-root mode. A guest engine executes no code: it counts as having run much of it."""
         if self.guest_engine is not None:
             return self.platform.events.counts["vm_exit"] << 16
-        return self.core.counters()["instructions"]
+        return self.core.retired
 
     # --- interrupts, from any thread
     def interrupt(self) -> None:
@@ -199,7 +213,9 @@ class LogicalProcessor:
 
     def rdmsr(self, msr: int) -> int:
         """RDMSR in root mode. Raises GeneralProtection when there is no such MSR."""
-        value = self.platform.rdmsr(msr)
+        value = self._written.get(msr)
+        if value is None:
+            value = self.platform.rdmsr(msr)
         if value is None:
             value = self.core.rdmsr(msr)
         if value is None:
@@ -211,7 +227,7 @@ class LogicalProcessor:
         if self.platform.rdmsr(msr) is not None:
             if msr in _LOCKED_BY_FIRMWARE:
                 raise GeneralProtection(f"WRMSR of {msr:#x}, which the platform's firmware locked")
-            return
+            self._written[msr] = value  # differs from the description on this processor from now on
         self.core.wrmsr(msr, value)
 
     def __repr__(self) -> str:

@@ -67,6 +67,7 @@ class Platform:
         )
         self.memory.set_seamrr(*d.seamrr)
         self.events = EventStream()
+        self.tsc = 0  # the furthest that any processor's TSC was seen at
         self.entropy = RandomSource(d.seed, "rdrand")
         self.seamops = SeamOpsEngine(RandomSource(d.seed, "report key").bytes(32), d.cpu_svn, self.entropy)
         self.seam = SeamRange(*d.seamrr)

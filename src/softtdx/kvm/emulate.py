@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from softtdx.abi.msrs import Msr
+from softtdx.abi.msrs import APIC_BASE_BSP, Msr
 from softtdx.hw import PlatformDescription
 from softtdx.kvm.uapi import CpuidEntry
 from softtdx.kvm.vcpu import Vcpu
@@ -11,17 +11,20 @@ __all__ = ["cpuid", "host_cpuid", "read_msr", "write_msr"]
 
 # Features that a guest may be shown of those the host has: what needs no state or mode beyond x87 and SSE.
 _GUEST_FEATURES: Final[dict[tuple[int, int | None], tuple[int, int, int, int]]] = {
-    (1, None): (0xFFFF_FFFF, 0x0000_FF00, 0x40D8_2203, 0x0783_FBFF),
+    (1, None): (0xFFFF_FFFF, 0x0000_FF00, 0x41F8_2203, 0x0783_FBFF),
     (7, 0): (0, 0x0014_0681, 0x0040_0004, 0),
     (0x8000_0001, None): (0, 0, 0x0000_0101, 0x2C10_0800),
 }
 _HYPERVISOR: Final = 1 << 31
+_NEEDS_APIC: Final = 1 << 21 | 1 << 24  # of leaf 1 ECX: x2APIC, TSC deadline
 _COPIED: Final = (0, 2, 4, 0x15, 0x16, 0x8000_0000, 0x8000_0006, 0x8000_0007, 0x8000_0008)
 
 # MSRs that software keeps: reset value. Writes are remembered.
 _SOFTWARE_MSRS: Final[dict[int, int]] = {
     Msr.MTRRCAP: 0x508,
-    0x2FF: 0xC06,  # IA32_MTRR_DEF_TYPE
+    0x2FF: 0x6,  # IA32_MTRR_DEF_TYPE: MTRRs off, write-back
+    **dict.fromkeys(range(0x200, 0x210), 0),  # variable ranges
+    **dict.fromkeys((0x250, 0x258, 0x259, *range(0x268, 0x270)), 0),  # fixed ranges
     Msr.MISC_ENABLE: 1,
     Msr.BIOS_SIGN_ID: 0x1_0000_0000,
     Msr.PLATFORM_ID: 0,
@@ -57,20 +60,35 @@ def cpuid(vcpu: Vcpu, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
     entry = vcpu.cpuid.get((leaf, None)) or vcpu.cpuid.get((leaf, subleaf))
     if entry is None:
         return 0, 0, 0, 0
-    ebx = entry.ebx & 0x00FF_FFFF | vcpu.vcpu_id << 24 if leaf == 1 else entry.ebx
-    return entry.eax, ebx, entry.ecx, entry.edx
+    eax, ebx, ecx, edx = entry.eax, entry.ebx, entry.ecx, entry.edx
+    if leaf == 1:
+        ebx = ebx & 0x00FF_FFFF | (vcpu.vcpu_id & 0xFF) << 24
+        if vcpu.apic is None:
+            ecx &= ~_NEEDS_APIC
+    return eax, ebx, ecx, edx
+
+
+def is_apic_msr(index: int) -> bool:
+    """Whether an MSR belongs to the local APIC."""
+    return Msr.X2APIC_FIRST <= index <= Msr.X2APIC_LAST or index == Msr.TSC_DEADLINE
 
 
 def read_msr(vcpu: Vcpu, index: int) -> int | None:
     """An MSR that KVM keeps; None for one it does not have."""
+    if vcpu.apic is not None and is_apic_msr(index):
+        return vcpu.apic.read(index)
     default = _SOFTWARE_MSRS.get(index)
     if default is None:
         return None
+    if index == Msr.APIC_BASE and vcpu.vcpu_id == 0:
+        default |= APIC_BASE_BSP
     return vcpu.msrs.get(index, default)
 
 
 def write_msr(vcpu: Vcpu, index: int, value: int) -> bool:
     """Write an MSR that KVM keeps; False for one it does not have."""
+    if vcpu.apic is not None and is_apic_msr(index):
+        return vcpu.apic.write(index, value)
     if index not in _SOFTWARE_MSRS:
         return False
     vcpu.msrs[index] = value

@@ -20,13 +20,14 @@ _WB_IPAT = sept.MT_WB | sept.IPAT
 
 
 class Ept:
-    """Four or five levels of tables. GPAs are without the shared bit. The caller holds the MMU lock."""
+    """Four or five levels of tables. GPAs are given without the shared bit. The caller holds the MMU lock."""
 
-    def __init__(self, memory: HostMemory, *, levels: int, suppress_ve: bool) -> None:
-        """An empty table; `suppress_ve` for one that a TD uses."""
+    def __init__(self, memory: HostMemory, *, levels: int, shared_bit: int = 0) -> None:
+        """An empty table; `shared_bit` for one that a TD uses: its walks are by the whole GPA (kvm_gfn_direct_bits)."""
         self._memory = memory
         self.levels = levels
-        self._absent = sept.SVE if suppress_ve else 0
+        self._bits = shared_bit
+        self._absent = sept.SVE if shared_bit else 0
         self._tables: list[int] = []
         self.root = self._new_table()
         self.mapped = 0
@@ -43,7 +44,7 @@ class Ept:
 
     def map(self, gpa: int, hpa: int, *, level: int = 0, writable: bool = True) -> None:
         """Map 4 KiB (level 0) or 2 MiB (level 1)."""
-        at = self._entry_address(gpa, level)
+        at = self._entry_address(gpa | self._bits, level)
         rights = _RWX if writable else sept.R | sept.X
         if not self._memory.rd64(at) & _RWX:
             self.mapped += 1 << 9 * level
@@ -51,11 +52,11 @@ class Ept:
 
     def mark_mmio(self, gpa: int) -> None:
         """Let accesses to this page give the TD a #VE."""
-        self._memory.wr64(self._entry_address(gpa, 0), 0)
+        self._memory.wr64(self._entry_address(gpa | self._bits, 0), 0)
 
     def lookup(self, gpa: int) -> int | None:
         """The host page that backs a GPA."""
-        table = self.root
+        table, gpa = self.root, gpa | self._bits
         for level in range(self.levels - 1, -1, -1):
             entry = self._memory.rd64(table + 8 * sept.entry_index(gpa, level))
             if not entry & _RWX:
@@ -68,7 +69,7 @@ class Ept:
     def unmap(self, start: int, end: int) -> bool:
         """Unmap [start, end); a large page that overlaps goes as a whole. True if anything was mapped."""
         found = False
-        for at, level in list(self._leaves(self.root, self.levels - 1, 0, start, end)):
+        for at, level in list(self._leaves(self.root, self.levels - 1, 0, start + self._bits, end + self._bits)):
             self._memory.wr64(at, self._absent)
             self.mapped -= 1 << 9 * level
             found = True

@@ -5,7 +5,7 @@ TRACK, REMOVE), then frees the pages.
 """
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from threading import RLock
 
 from softtdx.kvm.errors import KvmError
@@ -49,7 +49,7 @@ class GuestMemfd:
         with self._lock:
             pa = self._pages.get(index)
             if pa is None:
-                pa = self._pages[index] = self._memory.alloc(zero=True)
+                pa = self._pages[index] = self._memory.alloc()  # a TD sees it only after PAGE.ADD or ACCEPT wrote it
             return pa
 
     def get_huge_page(self, index: int) -> int | None:
@@ -84,7 +84,8 @@ class GuestMemfd:
         return len(self._pages)
 
     def close(self) -> None:
-        """The last reference is gone: free every page. The VM has unmapped them."""
+        """The last reference is gone: free every page. One that TDX did not give back is lost, not reused."""
+        self._pages = {index: pa for index, pa in self._pages.items() if not self._memory.is_tdx(pa)}
         self._free(range(self.size // PAGE))
 
     def _free(self, indexes: range) -> None:
@@ -95,5 +96,19 @@ class GuestMemfd:
                 else sorted(i for i in self._pages if i in indexes)
             )
             pages = [self._pages.pop(index) for index in found]
-        for pa in pages:
-            self._memory.free(pa)
+        for start, count in _runs(pages):
+            self._memory.free(start, count)
+
+
+def _runs(pages: list[int]) -> Iterator[tuple[int, int]]:
+    """Neighbouring physical pages as (start, number of pages)."""
+    start, count = 0, 0
+    for page in pages:
+        if count and page == start + count * PAGE:
+            count += 1
+            continue
+        if count:
+            yield start, count
+        start, count = page, 1
+    if count:
+        yield start, count

@@ -66,9 +66,9 @@ class HostMemory:
     def free(self, pa: int, pages: int = 1) -> None:
         """Give pages back. A page that TDX still owns is a bug of the caller: RuntimeError."""
         with self._lock:
-            for page in range(pa, pa + pages * PAGE, PAGE):
-                if page in self._tdx_pages:
-                    raise RuntimeError(f"page {page:#x} is freed while TDX owns it ({self._tdx_pages[page]})")
+            owned = next((page for page in range(pa, pa + pages * PAGE, PAGE) if page in self._tdx_pages), None)
+            if owned is not None:
+                raise RuntimeError(f"page {owned:#x} is freed while TDX owns it ({self._tdx_pages[owned]})")
             self._add(pa, pa + pages * PAGE)
             self.free_pages += pages
 
@@ -106,6 +106,10 @@ class HostMemory:
         """How many pages TDX owns, by use."""
         with self._lock:
             return Counter(self._tdx_pages.values())
+
+    def is_tdx(self, pa: int) -> bool:
+        """Whether TDX owns the page."""
+        return pa in self._tdx_pages
 
     def leaked(self) -> Iterable[int]:
         """The pages that TDX owns."""

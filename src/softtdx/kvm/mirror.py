@@ -82,9 +82,9 @@ class SecureEpt:
         """TDH.MEM.PAGE.ADD with the tables above it: initial memory. EEXIST when something is there."""
         if not self.may_map(gpa, 0):
             raise KvmError(errno.EEXIST, f"private memory is already mapped at GPA {gpa:#x}")
-        self._add_tables(lp, gpa, 0)
-        regs = sc.mem_page_add(lp, self._tdr, gpa, hpa, source)
-        sc.expect(regs, Leaf.MEM_PAGE_ADD)
+        while not self._add_tables(lp, gpa, 0):
+            pass
+        self._retry(partial(sc.mem_page_add, lp, self._tdr, gpa, hpa, source), Leaf.MEM_PAGE_ADD)
         self._mapped(gpa, hpa, 0)
 
     def aug(self, lp: LogicalProcessor, gpa: int, hpa: int, level: int) -> bool:
@@ -140,7 +140,7 @@ class SecureEpt:
             self._retry(partial(sc.mem_page_remove, lp, tdr, gpa, mapping.level), Leaf.MEM_PAGE_REMOVE)
             del self._leaves[mapping.level][gpa]
             self._memory.take_from_tdx(mapping.hpa, 1 << 9 * mapping.level)
-            self._memory.zero(mapping.hpa, 1 << 9 * mapping.level)
+            lp.zero_page(mapping.hpa, 1 << 9 * mapping.level)
 
     def track(self, lp: LogicalProcessor) -> None:
         """A new TLB epoch, and every vCPU out of the old one."""
@@ -203,5 +203,5 @@ class SecureEpt:
             self.leaked_pages.append(page)
             return False
         self._memory.take_from_tdx(page, pages)
-        self._memory.zero(page, pages)
+        lp.zero_page(page, pages)  # MOVDIR64B: clears poison too
         return True

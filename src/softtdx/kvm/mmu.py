@@ -10,6 +10,7 @@ from enum import Enum, auto
 from softtdx.abi import sept
 from softtdx.abi.kvm import KvmExit
 from softtdx.hw import LogicalProcessor
+from softtdx.kvm.ept import Ept
 from softtdx.kvm.errors import KvmError
 from softtdx.kvm.memory import PAGE, PAGE_2M
 from softtdx.kvm.memslots import Memslot
@@ -18,7 +19,10 @@ from softtdx.kvm.uapi import MemoryFaultExit
 from softtdx.kvm.vcpu import Vcpu
 from softtdx.kvm.vm import Vm
 
-__all__ = ["Fault", "map_private", "private_fault", "shared_fault"]
+__all__ = ["Fault", "map_private", "pre_fault_private", "private_fault", "shared_fault"]
+
+
+_FAULT_AROUND = 32 * PAGE
 
 
 class Fault(Enum):
@@ -41,9 +45,18 @@ def shared_fault(vcpu: Vcpu, gpa: int) -> Fault:
             return _tell_user(vcpu, page, private=False)
         assert vm.ept is not None
         if vm.ept.lookup(page) is None:
-            vm.ept.map(page, vm.mm.get_page(slot.hva(page)))
-            vm.stats["shared pages mapped"] += 1
+            _map_around(vm, vm.ept, slot, page)
     return Fault.FIXED
+
+
+def _map_around(vm: Vm, ept: Ept, slot: Memslot, page: int) -> None:
+    """Map the shared page at `page` and those around it that are not mapped: one fault for many (fault-around)."""
+    first = max(slot.gpa, page & ~(_FAULT_AROUND - 1))
+    last = min(slot.end, (page | _FAULT_AROUND - 1) + 1)
+    for at in range(first, last, PAGE):
+        if at == page or (not vm.private.is_private(at) and ept.lookup(at) is None):
+            ept.map(at, vm.mm.get_page(slot.hva(at)))
+            vm.stats["shared pages mapped"] += 1
 
 
 def private_fault(vcpu: Vcpu, lp: LogicalProcessor, secure: SecureEpt, gpa: int, level: int) -> Fault:
@@ -59,6 +72,15 @@ def private_fault(vcpu: Vcpu, lp: LogicalProcessor, secure: SecureEpt, gpa: int,
         if secure.lookup(page) is None:
             map_private(vm, lp, secure, slot, page, level)
     return Fault.FIXED
+
+
+def pre_fault_private(vcpu: Vcpu, lp: LogicalProcessor, secure: SecureEpt, gpa: int, end: int) -> int:
+    """Map private memory from `gpa` on before the TD asks, by large pages where possible; returns where to go on."""
+    while (fault := private_fault(vcpu, lp, secure, gpa, 1)) is Fault.FIXED:
+        mapping = secure.lookup(gpa)
+        if mapping is not None:
+            return min(end, (gpa & ~(mapping.size - 1)) + mapping.size)
+    raise KvmError(errno.ENOENT, f"GPA {gpa:#x} is not private memory of the TD ({fault.name})")
 
 
 def map_private(vm: Vm, lp: LogicalProcessor, secure: SecureEpt, slot: Memslot, gpa: int, level: int) -> bool:

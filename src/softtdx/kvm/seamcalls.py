@@ -10,9 +10,10 @@ from softtdx.abi.leaves import SeamcallLeaf as Leaf
 from softtdx.abi.leaves import rax_for
 from softtdx.abi.status import Status, status_of
 from softtdx.hw import LogicalProcessor, Registers
-from softtdx.kvm.errors import SeamcallError
+from softtdx.hw.faults import ModeFault, VmFail
+from softtdx.kvm.errors import KvmError, SeamcallError
 
-__all__ = ["BUSY", "expect", "seamcall"]
+__all__ = ["BUSY", "enter", "expect", "seamcall"]
 
 _ENTROPY_RETRIES = 10
 _BUSY_RETRIES = 10_000
@@ -22,13 +23,23 @@ BUSY = frozenset({Status.OPERAND_BUSY, Status.OPERAND_BUSY_HOST_PRIORITY})
 
 def seamcall(lp: LogicalProcessor, leaf: Leaf, version: int = 0, **operands: int) -> Registers:
     """One SEAMCALL; a lack of entropy is tried again, as the kernel does."""
-    regs = Registers()
     for _ in range(_ENTROPY_RETRIES):
-        regs = Registers(rax=rax_for(leaf, version), **operands)
-        lp.seamcall(regs)
+        regs = Registers()
+        regs.rax = rax_for(leaf, version)
+        for name, value in operands.items():
+            setattr(regs, name, value)
+        enter(lp, regs)
         if regs.rax == 0 or status_of(regs.rax) is not Status.RND_NO_ENTROPY:
             break
     return regs
+
+
+def enter(lp: LogicalProcessor, regs: Registers) -> None:
+    """The SEAMCALL instruction. KvmError(ENODEV) when there is no module to enter, or none any more."""
+    try:
+        lp.seamcall(regs)
+    except (VmFail, ModeFault) as fault:
+        raise KvmError(errno.ENODEV, f"the TDX module cannot be called: {fault}") from fault
 
 
 def expect(regs: Registers, leaf: Leaf, *also: Status) -> Status:

@@ -8,6 +8,7 @@ page is reclaimed, the TDR last.
 import errno
 from collections.abc import Callable
 from enum import Enum
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from softtdx.abi.fields import table
@@ -154,7 +155,7 @@ class TdxVm(VmOps):
         self.attributes, self.xfam = params.attributes, params.xfam
         self.state = TdState.INITIALIZED
         self.vm.memslots.max_gpa = self.shared_bit
-        self.vm.ept = Ept(memory, levels=levels, suppress_ve=True)
+        self.vm.ept = Ept(memory, levels=levels, shared_bit=self.shared_bit)
         self.secure = SecureEpt(memory, tdr, levels, self.vm.kick_all)
 
     def _td_params(self, init: TdxInitVm) -> tuple[TdParams, int]:
@@ -234,6 +235,11 @@ class TdxVm(VmOps):
             except KvmError:
                 self.vm.mark_dead()
                 raise
+
+    @cached_property
+    def tsc(self) -> tuple[int, int]:
+        """TSC_OFFSET and TSC_MULTIPLIER (48 fraction bits) of the TD."""
+        return self.read_td_field("TSC_OFFSET"), self.read_td_field("TSC_MULTIPLIER")
 
     def read_td_field(self, name: str, index: int = 0) -> int:
         """A TD-scope metadata field by name (TDH.MNG.RD)."""

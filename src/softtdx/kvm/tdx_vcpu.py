@@ -8,15 +8,18 @@ from softtdx.abi.fields import table
 from softtdx.abi.kvm import KvmExit, TdxCommand
 from softtdx.abi.leaves import SeamcallLeaf as Leaf
 from softtdx.abi.status import describe, status_of
+from softtdx.abi.vmcs import PinBased
 from softtdx.hw import LogicalProcessor, Registers
 from softtdx.kvm import seamcalls as sc
 from softtdx.kvm.errors import KvmError
+from softtdx.kvm.lapic import NOTIFICATION_VECTOR
 from softtdx.kvm.memory import PAGE
-from softtdx.kvm.mmu import Fault, private_fault, shared_fault
+from softtdx.kvm.mmu import Fault, pre_fault_private, private_fault, shared_fault
 from softtdx.kvm.tdvmcall import handle_tdvmcall
 from softtdx.kvm.tdx import TdState, TdxVm
 from softtdx.kvm.uapi import CpuidEntry, TdxInitMemRegion
 from softtdx.kvm.vcpu import Vcpu
+from softtdx.kvm.vmx_state import evict
 from softtdx.kvm.x86_ops import VcpuOps
 
 __all__ = ["TdxVcpu"]
@@ -25,6 +28,13 @@ _EXTEND_CHUNK = 256
 _ERROR = 1 << 63
 _NON_RECOVERABLE = 1 << 62
 _SHARED_EPTP = "Shared EPTP"
+_POSTED_VECTOR = "Posted-interrupt notification vector"
+_POSTED_DESCRIPTOR = "Posted-interrupt descriptor address"
+_PIN_BASED = "Pin-Based VM-Execution Controls"
+_TSC_FRACTION = 48  # of the TSC multiplier
+_STATE_DETAILS, _PEND_NMI = "VCPU_STATE_DETAILS", "PEND_NMI"
+_VINTR_PENDING = 1  # of VCPU_STATE_DETAILS
+_U64 = (1 << 64) - 1
 _REQUESTED_LEVEL = 32  # of an ACCEPT's extended exit qualification: bits 34:32
 
 
@@ -79,6 +89,12 @@ class TdxVcpu(VcpuOps):
             sc.vp_init(lp, tdvpr, initial_rcx, self.vcpu.vcpu_id)
             assert vm.ept is not None
             sc.vp_wr(lp, tdvpr, table("vmcs")[_SHARED_EPTP].field_id, vm.ept.root)
+            if self.vcpu.apic is not None:
+                fields = table("vmcs")
+                sc.vp_wr(lp, tdvpr, fields[_POSTED_VECTOR].field_id, NOTIFICATION_VECTOR)
+                sc.vp_wr(lp, tdvpr, fields[_POSTED_DESCRIPTOR].field_id, self.vcpu.apic.descriptor)
+                posted = int(PinBased.POSTED_INTERRUPTS)
+                sc.vp_wr(lp, tdvpr, fields[_PIN_BASED].field_id, posted, posted)
         self.state = VcpuState.INITIALIZED
 
     def _init_mem_region(self, region: TdxInitMemRegion) -> None:
@@ -127,6 +143,16 @@ class TdxVcpu(VcpuOps):
             )
         return low, high
 
+    def pre_fault_memory(self, gpa: int, size: int) -> None:
+        """KVM_PRE_FAULT_MEMORY: private pages are given before the TD touches them. EOPNOTSUPP until it is final."""
+        if self.td.state is not TdState.RUNNABLE:
+            raise KvmError(errno.EOPNOTSUPP, "KVM_PRE_FAULT_MEMORY before KVM_TDX_FINALIZE_VM")
+        at, end, cpus = gpa, gpa + size, self.vcpu.vm.host.cpus
+        with cpus.run(self.vcpu.cpu) as lp:
+            while at < end:
+                at = pre_fault_private(self.vcpu, lp, self.td.secure, at, end)
+                cpus.yield_if_wanted(lp)
+
     # --- scheduling
     def load(self, lp: LogicalProcessor) -> None:
         """On another processor than before: flush there first (tdx_vcpu_load)."""
@@ -134,6 +160,7 @@ class TdxVcpu(VcpuOps):
             raise KvmError(errno.EINVAL, "KVM_RUN before the TD is finalised or the vCPU is initialised")
         if self._cpu not in (None, lp.index):
             self.flush()
+        evict(lp)
         self._cpu = lp.index
 
     def flush(self) -> None:
@@ -154,13 +181,40 @@ class TdxVcpu(VcpuOps):
         self.tdvpr = None
         self.state = VcpuState.UNINITIALIZED
 
+    # --- time and interrupts
+    def guest_tsc(self, lp: LogicalProcessor | None = None) -> int:
+        """The TD's TSC: the host's by the TD's own multiplier and offset, which the host may read."""
+        if lp is None:
+            return super().guest_tsc()
+        offset, multiplier = self.td.tsc
+        return ((lp.core.rdtsc() * multiplier >> _TSC_FRACTION) + offset) & _U64
+
+    def host_tsc(self, guest_tsc: int) -> int:
+        """The inverse, rounded up."""
+        offset, multiplier = self.td.tsc
+        return -(-((guest_tsc - offset & _U64) << _TSC_FRACTION) // multiplier)
+
+    def advance_tsc(self, ticks: int) -> None:
+        """`ticks` of the TD's TSC."""
+        _, multiplier = self.td.tsc
+        super().advance_tsc(-(-(ticks << _TSC_FRACTION) // multiplier))
+
+    def interrupt_waits(self) -> bool:
+        """VCPU_STATE_DETAILS.VMXIP (tdx_protected_apic_has_interrupt)."""
+        assert self.tdvpr is not None
+        with self.vcpu.vm.host.cpus.run(self.vcpu.cpu) as lp:
+            return bool(sc.vp_rd(lp, self.tdvpr, table("vp")[_STATE_DETAILS].field_id) & _VINTR_PENDING)
+
     # --- running
     def run(self, lp: LogicalProcessor) -> None:
         """TDH.VP.ENTER. The registers that a TDVMCALL passed go back as its results."""
         assert self.tdvpr is not None
+        if self.vcpu.apic is not None and self.vcpu.apic.nmi_pending:
+            self.vcpu.apic.nmi_pending = False
+            sc.vp_wr(lp, self.tdvpr, table("vp")[_PEND_NMI].field_id, 1)
         regs = self.regs
         regs.rax, regs.rcx = Leaf.VP_ENTER, self.tdvpr
-        lp.seamcall(regs)
+        sc.enter(lp, regs)
 
     def handle_exit(self, lp: LogicalProcessor) -> bool:
         """Answer a TD exit; False to go to user space."""

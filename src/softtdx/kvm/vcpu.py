@@ -1,7 +1,8 @@
 """A vCPU: KVM_RUN and the other ioctls on its file descriptor."""
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from threading import Lock
 from time import sleep
 from typing import TYPE_CHECKING
@@ -9,6 +10,8 @@ from typing import TYPE_CHECKING
 from softtdx.abi.kvm import KvmExit
 from softtdx.hw import LogicalProcessor
 from softtdx.kvm.errors import KvmError
+from softtdx.kvm.lapic import LocalApic
+from softtdx.kvm.memory import PAGE
 from softtdx.kvm.uapi import CpuidEntry, KvmRun, Regs, Sregs
 
 if TYPE_CHECKING:
@@ -32,9 +35,11 @@ class Vcpu:
         self.cpu: int | None = None
         self.tlb_flush_wanted = False
         self.exits = 0
+        self.instructions = 0  # that the guest retired
         self._in_guest: LogicalProcessor | None = None
         self._kicked = False
         self._running = Lock()
+        self.apic = LocalApic(self) if vm.irqchip else None
         self._complete: Callable[[], None] | None = None
         self.ops = vm.ops.vcpu_create(self)
 
@@ -61,6 +66,12 @@ class Vcpu:
             raise KvmError(errno.EIO, "the VM is dead")
         return self.ops.memory_encrypt_op(command, argument)
 
+    def pre_fault_memory(self, gpa: int, size: int) -> None:
+        """KVM_PRE_FAULT_MEMORY. EINVAL for a misaligned or empty range, ENOENT where there is no memory."""
+        if gpa % PAGE or size % PAGE or size <= 0 or gpa < 0:
+            raise KvmError(errno.EINVAL, f"KVM_PRE_FAULT_MEMORY of {gpa:#x}+{size:#x}")
+        self.ops.pre_fault_memory(gpa, size)
+
     # --- running
     def run(self) -> KvmRun:
         """KVM_RUN: run the guest until user space is needed; `kvm_run` says why.
@@ -74,8 +85,14 @@ class Vcpu:
             if self._complete is not None:
                 complete, self._complete = self._complete, None
                 complete()
-            while not self._slice():
-                pass
+            while True:
+                while not self._slice():
+                    pass
+                if self.apic is None or self.kvm_run.exit_reason is not KvmExit.HLT or not self.apic.block():
+                    break
+            if self.apic is not None and self.kvm_run.exit_reason is KvmExit.HLT:
+                self._kicked = False
+                self.exit_to_user(KvmExit.INTR)
         finally:
             self._running.release()
         return self.kvm_run
@@ -97,6 +114,19 @@ class Vcpu:
         lp = self._in_guest
         if lp is not None:
             lp.interrupt()
+        if self.apic is not None:
+            with self.apic.changed:
+                self.apic.changed.notify_all()
+
+    @property
+    def in_guest(self) -> LogicalProcessor | None:
+        """The processor on which the vCPU is in the guest, or about to enter it."""
+        return self._in_guest
+
+    @property
+    def kick_pending(self) -> bool:
+        """Whether KVM_RUN is to return."""
+        return self._kicked
 
     def leave_guest(self) -> None:
         """Return when the vCPU is not, or no longer, in the guest run that it is in now."""
@@ -108,7 +138,7 @@ class Vcpu:
     def _slice(self) -> bool:
         """Run on a processor until user space is wanted (True) or another thread wants the processor (False)."""
         vm, cpus = self.vm, self.vm.host.cpus
-        with cpus.run(self.cpu) as lp:
+        with cpus.run(self.cpu) as lp, self._counted(lp):
             self.ops.load(lp)
             self.cpu = lp.index
             while True:
@@ -122,17 +152,31 @@ class Vcpu:
                     self.tlb_flush_wanted = False
                     if vm.ept is not None:
                         lp.core.invept(_INVEPT_ALL, 0)
+                entered = False
                 self._in_guest = lp
                 try:
                     if not self._kicked:
+                        entered = True
+                        if self.apic is not None:
+                            self.apic.enter(lp)
                         self.ops.run(lp)
                 finally:
                     self.exits += 1
                     self._in_guest = None
+                    if self.apic is not None:
+                        self.apic.leave(lp)
                 if self._kicked and lp.interrupt_pending:
                     lp.acknowledge_interrupt()
                 wanted = cpus.yield_if_wanted(lp)
-                if not self.ops.handle_exit(lp):
+                if entered and not self.ops.handle_exit(lp):
                     return True
                 if wanted:
                     return False
+
+    @contextmanager
+    def _counted(self, lp: LogicalProcessor) -> Iterator[None]:
+        before = lp.retired_instructions()
+        try:
+            yield
+        finally:
+            self.instructions += lp.retired_instructions() - before

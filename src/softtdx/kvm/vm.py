@@ -2,6 +2,8 @@
 
 import errno
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from threading import RLock
 from typing import TYPE_CHECKING
 
@@ -9,6 +11,7 @@ from softtdx.abi.kvm import MEMORY_ATTRIBUTE_PRIVATE, KvmCap, MemorySlotFlag
 from softtdx.kvm.ept import Ept
 from softtdx.kvm.errors import KvmError
 from softtdx.kvm.guest_memfd import GuestMemfd
+from softtdx.kvm.lapic import deliver_msi
 from softtdx.kvm.memory import PAGE
 from softtdx.kvm.memslots import Memslot, Memslots, PrivateRanges
 from softtdx.kvm.vcpu import Vcpu
@@ -23,7 +26,11 @@ _MAX_GPA = 1 << 52
 
 
 class Vm:
-    """One VM. Its memory is described by memslots; `mmu_lock` guards everything that maps it."""
+    """One VM. Its memory is described by memslots; `mmu_lock` guards everything that maps it.
+
+    A thread takes a processor first and `mmu_lock` second (`mmu` does both): one that waited for a processor with the
+    lock held could wait for the very threads that wait for the lock on all of them.
+    """
 
     def __init__(self, kvm: "Kvm", vm_type: int) -> None:
         """KVM_CREATE_VM."""
@@ -39,8 +46,16 @@ class Vm:
         self.stats: Counter[str] = Counter()
         self.dead = False
         self.closed = False
+        self.irqchip = False
+        self.idle_in_real_time = False
         self.ept: Ept | None = None
         self.ops = choose(self)
+
+    @contextmanager
+    def mmu(self) -> Iterator[None]:
+        """Hold `mmu_lock`, on a processor."""
+        with self.host.cpus.run(), self.mmu_lock:
+            yield
 
     def check_extension(self, cap: int) -> int:
         """KVM_CHECK_EXTENSION on a VM: what depends on its type."""
@@ -76,7 +91,7 @@ class Vm:
         EEXIST for an overlap; EFAULT for user memory that is not mapped.
         """
         self._alive()
-        with self.mmu_lock:
+        with self.mmu():
             old = self.memslots.get(slot)
             if memory_size == 0:
                 if old is None:
@@ -112,13 +127,27 @@ class Vm:
             raise KvmError(errno.EINVAL, f"memory attributes {attributes:#x} are not supported for this VM")
         if address % PAGE or size % PAGE or size <= 0 or address < 0 or address + size > self.memslots.max_gpa:
             raise KvmError(errno.EINVAL, f"memory attributes of {address:#x}+{size:#x}")
-        with self.mmu_lock:
+        with self.mmu():
             for start, end in self.private.set(address, address + size, attributes):
                 if attributes & MEMORY_ATTRIBUTE_PRIVATE:
                     self._zap_shared(start, end)
                 else:
                     self.ops.zap_private(start, end)
             self.stats["conversions"] += 1
+
+    # --- interrupts
+    def create_irqchip(self) -> None:
+        """KVM_CAP_SPLIT_IRQCHIP: vCPUs get local APICs, and HLT waits in the kernel. EEXIST once vCPUs exist."""
+        self._alive()
+        if self.vcpus:
+            raise KvmError(errno.EEXIST, "KVM_CAP_SPLIT_IRQCHIP after the first vCPU")
+        self.irqchip = True
+
+    def signal_msi(self, address: int, data: int) -> bool:
+        """KVM_SIGNAL_MSI; False when no local APIC took it. EINVAL without local APICs."""
+        if not self.irqchip:
+            raise KvmError(errno.EINVAL, "KVM_SIGNAL_MSI without local APICs")
+        return deliver_msi([vcpu.apic for vcpu in list(self.vcpus.values()) if vcpu.apic is not None], address, data)
 
     # --- vCPUs
     def create_vcpu(self, vcpu_id: int) -> Vcpu:
@@ -152,18 +181,27 @@ class Vm:
 
     # --- the end
     def close(self) -> None:
-        """The last reference is gone: vCPUs, memory, keys, in the order that the module demands. No thread runs it."""
+        """The last reference is gone: vCPUs, memory, keys, in the order that the module demands. No thread runs it.
+
+        KvmError, after everything else was freed, when the module would not give back what it has: that is leaked.
+        """
         if self.closed:
             return
         self.closed = True
-        for vcpu in self.vcpus.values():
-            vcpu.leave_guest()
-            vcpu.ops.flush()
-        self.ops.release()
+        trouble: KvmError | None = None
+        try:
+            for vcpu in self.vcpus.values():
+                vcpu.leave_guest()
+                vcpu.ops.flush()
+            self.ops.release()
+        except KvmError as error:
+            trouble = error
         for vcpu in self.vcpus.values():
             vcpu.ops.free()
+            if vcpu.apic is not None:
+                vcpu.apic.free()
         self.vcpus.clear()
-        with self.mmu_lock:
+        with self.mmu():
             for slot in list(self.memslots):
                 if slot.guest_memfd is not None:
                     slot.guest_memfd.unbind(slot.guest_memfd_offset)
@@ -177,6 +215,8 @@ class Vm:
         self.files.clear()
         if self in self.kvm.vms:
             self.kvm.vms.remove(self)
+        if trouble is not None:
+            raise trouble
 
     def _alive(self) -> None:
         if self.dead or self.closed:
@@ -192,7 +232,7 @@ class Vm:
     def _invalidate(self, slot: Memslot, offset: int, size: int) -> None:
         """A hole is punched in the file behind a slot."""
         gpa = slot.gpa + offset - slot.guest_memfd_offset
-        with self.mmu_lock:
+        with self.mmu():
             self.ops.zap_private(gpa, gpa + size)
 
     def _zap_shared(self, start: int, end: int) -> None:

@@ -19,9 +19,13 @@ from softtdx.hw.faults import VmFail
 from softtdx.kvm import emulate
 from softtdx.kvm.ept import Ept
 from softtdx.kvm.errors import KvmError
+from softtdx.kvm.lapic import NOTIFICATION_VECTOR
+from softtdx.kvm.memory import PAGE
+from softtdx.kvm.mmio import MAX_INSTRUCTION, MmioInstruction, decode_mmio
 from softtdx.kvm.mmu import Fault, shared_fault, walk_guest
-from softtdx.kvm.uapi import IoExit, MsrExit, Regs, Segment, Sregs
+from softtdx.kvm.uapi import IoExit, MmioExit, MsrExit, Regs, Segment, Sregs
 from softtdx.kvm.vcpu import Vcpu
+from softtdx.kvm.vmx_state import LeftInProcessor
 from softtdx.kvm.x86_ops import VcpuOps, VmOps
 
 if TYPE_CHECKING:
@@ -41,6 +45,14 @@ _MSR_BITMAP_OPEN = (  # the guest reads and writes these without an exit
     Msr.SYSENTER_CS, Msr.SYSENTER_ESP, Msr.SYSENTER_EIP,
     0xC000_0081, 0xC000_0082, 0xC000_0083, 0xC000_0084, 0xC000_0100, 0xC000_0101, 0xC000_0102, 0xC000_0103,
 )  # fmt: skip
+_MSR_BITMAP_READ = (Msr.X2APIC_TPR, Msr.X2APIC_PPR, *range(Msr.X2APIC_ISR0, Msr.X2APIC_ESR))  # from the virtual APIC
+_MSR_BITMAP_WRITE = (Msr.X2APIC_TPR, Msr.X2APIC_EOI, Msr.X2APIC_SELF_IPI)
+_IN_VMCS: dict[int, int] = {Msr.EFER: vmcs.GUEST_IA32_EFER, Msr.PAT: vmcs.GUEST_IA32_PAT}
+_PAT_RESET, _PAT_TYPES = 0x0007_0406_0007_0406, (0, 1, 4, 5, 6, 7)
+_PPR = 0xA0  # in the virtual-APIC page
+_VALID = 1 << 31  # of interruption information
+_VECTORING_UNDEFINED = 1 << 12
+_BLOCKED_BY_NMI = 8
 _SEGMENTS = ("es", "cs", "ss", "ds", "fs", "gs")
 
 
@@ -50,7 +62,7 @@ class VmxVm(VmOps):
     def __init__(self, vm: "Vm") -> None:
         """KVM_CREATE_VM of the default type."""
         super().__init__(vm)
-        vm.ept = Ept(vm.host.memory, levels=4, suppress_ve=False)
+        vm.ept = Ept(vm.host.memory, levels=4)
         vm.memslots.max_gpa = 1 << 48
 
     @property
@@ -78,12 +90,14 @@ class VmxVcpu(VcpuOps):
         memory = vcpu.vm.host.memory
         self.vmcs = memory.alloc(zero=True)
         self.msr_bitmap = memory.alloc(zero=True)
-        memory.write(self.msr_bitmap, _msr_bitmap())
+        memory.write(self.msr_bitmap, _msr_bitmap(virtual_apic=vcpu.apic is not None))
         lp = vcpu.vm.host.cpus.lps[0]
         memory.write(self.vmcs, (lp.rdmsr(Msr.VMX_BASIC) & 0x7FFF_FFFF).to_bytes(4, "little"))
         self.gprs = [0] * 16
         self.rip, self.rflags = 0xFFF0, 2
         self.sregs = Sregs()
+        self.left = LeftInProcessor(memory)
+        self.virtual_apic = memory.alloc(zero=True) if vcpu.apic is not None else 0
         self._cpu: int | None = None
         self._launched = False
         self._set_up = False
@@ -111,20 +125,30 @@ class VmxVcpu(VcpuOps):
         if self._cpu is not None and self._cpu != lp.index:
             self.flush()
         lp.core.vmptrld(self.vmcs)
+        self.left.load(lp)
         self._cpu = lp.index
 
     def flush(self) -> None:
         """VMCLEAR on the processor that has the VMCS."""
         if self._cpu is None:
             return
-        region = self.vmcs
-        self.vcpu.vm.host.cpus.call_on(self._cpu, lambda lp: lp.core.vmclear(region))
+        region, left = self.vmcs, self.left
+
+        def clear(lp: LogicalProcessor) -> None:
+            lp.core.vmclear(region)
+            if left.lp is lp:
+                left.save(lp)
+
+        self.vcpu.vm.host.cpus.call_on(self._cpu, clear)
         self._cpu, self._launched = None, False
 
     def free(self) -> None:
         """Give the VMCS back."""
         self.vcpu.vm.host.memory.free(self.vmcs)
         self.vcpu.vm.host.memory.free(self.msr_bitmap)
+        self.left.free()
+        if self.virtual_apic:
+            self.vcpu.vm.host.memory.free(self.virtual_apic)
 
     # --- running
     def run(self, lp: LogicalProcessor) -> None:
@@ -140,6 +164,8 @@ class VmxVcpu(VcpuOps):
             core.vmwrite(vmcs.GUEST_RSP, self.gprs[_RSP])
             core.vmwrite(vmcs.GUEST_RFLAGS, self.rflags)
             self._dirty = False
+        if self.vcpu.apic is not None and self.vcpu.apic.nmi_pending:
+            self._inject_nmi(lp)
         core.set_gprs(tuple(self.gprs))
         try:
             self._reason = lp.vmenter(not self._launched)
@@ -149,6 +175,29 @@ class VmxVcpu(VcpuOps):
         self.gprs = list(core.gprs())
         self.rip, self.gprs[_RSP] = core.vmread(vmcs.GUEST_RIP), core.vmread(vmcs.GUEST_RSP)
         self.rflags = core.vmread(vmcs.GUEST_RFLAGS)
+        vectoring = core.vmread(vmcs.IDT_VECTORING_INFO)
+        if vectoring & _VALID:
+            # The exit came in the middle of an event's delivery: deliver it again (vmx_complete_interrupts).
+            core.vmwrite(vmcs.ENTRY_INTERRUPTION_INFO, vectoring & ~_VECTORING_UNDEFINED)
+            core.vmwrite(vmcs.ENTRY_EXCEPTION_ERROR_CODE, core.vmread(vmcs.IDT_VECTORING_ERROR_CODE))
+            core.vmwrite(vmcs.ENTRY_INSTRUCTION_LENGTH, core.vmread(vmcs.EXIT_INSTRUCTION_LENGTH))
+
+    def _inject_nmi(self, lp: LogicalProcessor) -> None:
+        core, apic = lp.core, self.vcpu.apic
+        blocked = core.vmread(vmcs.GUEST_INTERRUPTIBILITY) & _BLOCKED_BY_NMI
+        if apic is not None and not blocked and not core.vmread(vmcs.ENTRY_INTERRUPTION_INFO) & _VALID:
+            apic.nmi_pending = False
+            core.vmwrite(vmcs.GUEST_ACTIVITY_STATE, 0)
+            core.vmwrite(vmcs.ENTRY_INTERRUPTION_INFO, _VALID | 2 << 8 | 2)
+
+    def interrupt_waits(self) -> bool:
+        """RVI above PPR: virtual-interrupt delivery would deliver it."""
+        if not self.virtual_apic:
+            return False
+        with self.vcpu.vm.host.cpus.run(self.vcpu.cpu) as lp:
+            self.load(lp)
+            requested = lp.core.vmread(vmcs.GUEST_INTERRUPT_STATUS) & 0xF0
+            return requested > self.vcpu.vm.host.memory.read(self.virtual_apic + _PPR, 1)[0] & 0xF0
 
     def handle_exit(self, lp: LogicalProcessor) -> bool:
         """Answer a VM exit; False to go to user space."""
@@ -202,7 +251,8 @@ class VmxVcpu(VcpuOps):
 
     def _rdmsr(self, lp: LogicalProcessor) -> bool:
         index = self.gprs[_RCX] & _U32
-        value = lp.core.vmread(vmcs.GUEST_IA32_EFER) if index == Msr.EFER else emulate.read_msr(self.vcpu, index)
+        field = _IN_VMCS.get(index)
+        value = emulate.read_msr(self.vcpu, index) if field is None else lp.core.vmread(field)
         if value is None:
             return self._unknown_msr(lp, MsrExit(False, index))
         self.gprs[_RAX], self.gprs[_RDX] = value & _U32, value >> 32
@@ -214,6 +264,8 @@ class VmxVcpu(VcpuOps):
         if index == Msr.EFER:
             lma = lp.core.vmread(vmcs.GUEST_IA32_EFER) & _EFER_LMA
             lp.core.vmwrite(vmcs.GUEST_IA32_EFER, value & ~_EFER_LMA | lma)
+        elif index == Msr.PAT and all(kind in _PAT_TYPES for kind in value.to_bytes(8, "little")):
+            lp.core.vmwrite(vmcs.GUEST_IA32_PAT, value)
         elif not emulate.write_msr(self.vcpu, index, value):
             return self._unknown_msr(lp, MsrExit(True, index, value))
         self._skip(lp)
@@ -289,9 +341,56 @@ class VmxVcpu(VcpuOps):
         gpa = lp.core.vmread(vmcs.GUEST_PHYSICAL_ADDRESS)
         fault = shared_fault(self.vcpu, gpa)
         if fault is Fault.NO_MEMORY:
-            self.vcpu.kvm_run.detail = f"access to GPA {gpa:#x}, where there is no memory, at RIP {self.rip:#x}"
-            return self.vcpu.exit_to_user(KvmExit.INTERNAL_ERROR)
+            return self._mmio(lp, gpa)
         return fault is Fault.FIXED
+
+    def _mmio(self, lp: LogicalProcessor, gpa: int) -> bool:
+        """A load or store where there is no memory: user space has a device there, or nobody."""
+        code = self._instruction(lp)
+        instruction = decode_mmio(code)
+        if instruction is None:
+            self.vcpu.kvm_run.detail = (
+                f"access to GPA {gpa:#x}, where there is no memory, at RIP {self.rip:#x} by an instruction "
+                f"that is not emulated ({code.hex()})"
+            )
+            return self.vcpu.exit_to_user(KvmExit.INTERNAL_ERROR)
+        mask = (1 << 8 * instruction.size) - 1
+        access = MmioExit(instruction.write, instruction.size, gpa)
+        if instruction.write:
+            value = self.gprs[instruction.reg] >> 8 * instruction.high
+            access.value = (value if instruction.immediate is None else instruction.immediate) & mask
+        self.vcpu.kvm_run.mmio = access
+        self.rip = self.rip + instruction.length & _U64
+        lp.core.vmwrite(vmcs.GUEST_RIP, self.rip)
+
+        def complete() -> None:
+            if not instruction.write:
+                self._load_register(instruction, access.value & mask)
+
+        return self.vcpu.exit_to_user(KvmExit.MMIO, complete)
+
+    def _load_register(self, instruction: MmioInstruction, value: int) -> None:
+        bits = 8 * instruction.reg_size
+        if instruction.signed and value >> 8 * instruction.size - 1:
+            value -= 1 << 8 * instruction.size
+        if bits >= 32:
+            self.gprs[instruction.reg] = value & (1 << bits) - 1
+            return
+        shift = 8 * instruction.high
+        keep = self.gprs[instruction.reg] & ~(((1 << bits) - 1) << shift)
+        self.gprs[instruction.reg] = keep | (value & (1 << bits) - 1) << shift
+
+    def _instruction(self, lp: LogicalProcessor) -> bytes:
+        """The bytes at RIP, as many as can be read."""
+        vm, cr3, code, address = self.vcpu.vm, lp.core.vmread(vmcs.GUEST_CR3), b"", self.rip
+        while len(code) < MAX_INSTRUCTION:
+            count = min(MAX_INSTRUCTION - len(code), PAGE - address % PAGE)
+            try:
+                code += vm.mm.read(self._hva(walk_guest(vm, cr3, address)), count)
+            except KvmError:
+                break
+            address += count
+        return code
 
     # --- the VMCS
     def _write_controls(self, lp: LogicalProcessor) -> None:
@@ -313,10 +412,19 @@ class VmxVcpu(VcpuOps):
             | Secondary.ENABLE_INVPCID
             | Secondary.WBINVD_EXITING
         )
+        if self.vcpu.apic is not None:
+            pin |= PinBased.POSTED_INTERRUPTS
+            primary |= Primary.TPR_SHADOW
+            secondary |= (
+                Secondary.VIRTUALIZE_X2APIC
+                | Secondary.APIC_REGISTER_VIRTUALIZATION
+                | Secondary.VIRTUAL_INTERRUPT_DELIVERY
+            )
         exit_controls = (
             ExitControls.HOST_ADDRESS_SPACE_SIZE
             | ExitControls.SAVE_EFER
             | ExitControls.LOAD_EFER
+            | ExitControls.SAVE_PAT
             | ExitControls.ACK_INTERRUPT
         )
         fields = {
@@ -324,7 +432,9 @@ class VmxVcpu(VcpuOps):
             vmcs.PROCESSOR_CONTROLS: _allowed(lp, Msr.VMX_TRUE_PROCBASED_CTLS, primary),
             vmcs.SECONDARY_CONTROLS: secondary,
             vmcs.EXIT_CONTROLS: _allowed(lp, Msr.VMX_TRUE_EXIT_CTLS, exit_controls),
-            vmcs.ENTRY_CONTROLS: _allowed(lp, Msr.VMX_TRUE_ENTRY_CTLS, EntryControls.LOAD_EFER),
+            vmcs.ENTRY_CONTROLS: _allowed(
+                lp, Msr.VMX_TRUE_ENTRY_CTLS, EntryControls.LOAD_EFER | EntryControls.LOAD_PAT
+            ),
             vmcs.MSR_BITMAPS: self.msr_bitmap,
             vmcs.EPTP: vm.ept.eptp,
             vmcs.VMCS_LINK_POINTER: _U64,
@@ -337,6 +447,13 @@ class VmxVcpu(VcpuOps):
             vmcs.HOST_CS_SELECTOR: 0x10,
             vmcs.HOST_TR_SELECTOR: 0x40,
         }
+        if self.vcpu.apic is not None:
+            fields |= {
+                vmcs.VIRTUAL_APIC_ADDRESS: self.virtual_apic,
+                vmcs.POSTED_INTERRUPT_DESCRIPTOR: self.vcpu.apic.descriptor,
+                vmcs.POSTED_INTERRUPT_VECTOR: NOTIFICATION_VECTOR,
+                vmcs.GUEST_INTERRUPT_STATUS: 0,
+            }
         for field, value in fields.items():
             lp.core.vmwrite(field, int(value))
 
@@ -358,6 +475,7 @@ class VmxVcpu(VcpuOps):
             vmcs.GUEST_CR4: s.cr4 | _CR4_VMXE,
             vmcs.CR4_READ_SHADOW: s.cr4,
             vmcs.GUEST_IA32_EFER: s.efer,
+            vmcs.GUEST_IA32_PAT: _PAT_RESET,
             vmcs.GUEST_DR7: 0x400,
             vmcs.GUEST_INTERRUPTIBILITY: 0,
             vmcs.GUEST_ACTIVITY_STATE: 0,
@@ -384,14 +502,18 @@ def _allowed(lp: LogicalProcessor, msr: int, wanted: int) -> int:
     return wanted | required
 
 
-def _msr_bitmap() -> bytes:
+def _msr_bitmap(*, virtual_apic: bool) -> bytes:
     """Everything exits but the MSRs that hardware saves or keeps: reads low, reads high, writes low, writes high."""
     bitmap = bytearray(b"\xff" * 4096)
-    for msr in _MSR_BITMAP_OPEN:
-        base = 1024 if msr >= 0xC000_0000 else 0
+
+    def let_through(msr: int, half: int) -> None:
         byte, bit = divmod(msr & 0x1FFF, 8)
-        for half in (0, 2048):
-            bitmap[half + base + byte] &= ~(1 << bit) & 0xFF
+        bitmap[half + (1024 if msr >= 0xC000_0000 else 0) + byte] &= ~(1 << bit) & 0xFF
+
+    for msr in _MSR_BITMAP_OPEN + (_MSR_BITMAP_READ if virtual_apic else ()):
+        let_through(msr, 0)
+    for msr in _MSR_BITMAP_OPEN + (_MSR_BITMAP_WRITE if virtual_apic else ()):
+        let_through(msr, 2048)
     return bytes(bitmap)
 
 

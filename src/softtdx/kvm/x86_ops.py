@@ -82,6 +82,31 @@ class VcpuOps(ABC):
     def free(self) -> None:
         """The vCPU is gone."""
 
+    def pre_fault_memory(self, gpa: int, size: int) -> None:
+        """KVM_PRE_FAULT_MEMORY: EOPNOTSUPP where faults are all there is."""
+        raise KvmError(errno.EOPNOTSUPP, f"KVM_PRE_FAULT_MEMORY of {gpa:#x}+{size:#x} for this type of VM")
+
+    # --- time and interrupts, for the local APIC
+    def guest_tsc(self, lp: LogicalProcessor | None = None) -> int:
+        """The guest's TSC now, on `lp` or the processor that the vCPU runs on."""
+        if lp is not None:
+            return lp.core.rdtsc()
+        with self.vcpu.vm.host.cpus.run(self.vcpu.cpu) as here:
+            return self.guest_tsc(here)
+
+    def host_tsc(self, guest_tsc: int) -> int:
+        """The host's TSC when the guest's has this value."""
+        return guest_tsc
+
+    def advance_tsc(self, ticks: int) -> None:
+        """The processor was idle for `ticks` of the guest's virtual TSC."""
+        with self.vcpu.vm.host.cpus.run(self.vcpu.cpu) as lp:
+            lp.core.advance_tsc(ticks)
+
+    def interrupt_waits(self) -> bool:
+        """Whether the virtual APIC holds an interrupt that the guest would take now."""
+        return False
+
     def memory_encrypt_op(self, command: int, argument: object) -> object:
         """KVM_MEMORY_ENCRYPT_OP of the vCPU."""
         raise KvmError(errno.ENOTTY, f"this type of vCPU has no KVM_MEMORY_ENCRYPT_OP ({command}, {argument})")

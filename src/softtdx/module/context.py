@@ -9,7 +9,7 @@ from softtdx.hw.isa import SeamCpu
 from softtdx.hw.registers import Registers
 
 from .errors import LeafError
-from .locks import LockTable
+from .locks import HELD, READER, LockTable
 
 if TYPE_CHECKING:
     from .state import GlobalState
@@ -66,7 +66,11 @@ class Call:
         """Give back every lock of this leaf, the last first."""
         locks = self.locks
         held = self.held
+        state = locks.state
         with locks.mutex:
             for key, exclusive in reversed(held):
-                locks.release_locked(key, exclusive)
+                if state[key] == (HELD if exclusive else READER):  # nearly always: nobody else held it or wanted it
+                    del state[key]
+                else:
+                    locks.release_locked(key, exclusive)
         held.clear()

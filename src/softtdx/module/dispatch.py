@@ -9,11 +9,13 @@ from typing import Final
 
 from softtdx.abi.leaves import RAX_RESERVED, SeamcallLeaf, split_rax
 from softtdx.abi.status import Operand, Status
+from softtdx.hw.faults import BusFault
 from softtdx.hw.isa import SeamCpu
 from softtdx.hw.registers import Registers
 
 from .context import Call
 from .errors import LeafError
+from .fatal import ModuleFatal
 from .registry import HOST_LEAVES, HostHandler
 from .state import GlobalState, SysState
 
@@ -32,6 +34,10 @@ VERSIONED: Final = frozenset(
         SeamcallLeaf.SYS_UPDATE,
     }
 )
+
+
+# What following a structure can end in that the host managed to change (a platform without memory integrity).
+_IMPOSSIBLE: Final = (BusFault, LookupError, ArithmeticError, ValueError)
 
 
 class TdxModule:
@@ -62,6 +68,10 @@ class TdxModule:
                 regs.rax = handler(call) or 0
         except LeafError as stop:
             regs.rax = stop.rax
+        except _IMPOSSIBLE as found:
+            raise ModuleFatal(
+                f"leaf {rax & 0xFFFF:#x} met a structure that the module cannot have written: {found!r}"
+            ) from found
         finally:
             if call.held:
                 call.release_all()

@@ -15,6 +15,7 @@ from .td import Td
 __all__ = ["abandon", "extend", "finish", "page_add_record", "start"]
 
 RECORD: Final = struct.Struct("<16sQ104x")
+CONTEXT_SIZE: Final = 72  # MRTD_STATE and, behind it, MRTD_LENGTH
 PAGE_ADD: Final = b"MEM.PAGE.ADD"
 MR_EXTEND: Final = b"MR.EXTEND"
 
@@ -39,10 +40,11 @@ def start(td: Td) -> None:
 
 def extend(td: Td, blocks: bytes) -> None:
     """Add whole 128-byte blocks to the stream."""
-    state = td.read(tdcs.MRTD_STATE, 64)
-    length = td.rd64(tdcs.MRTD_LENGTH)
-    td.write(tdcs.MRTD_STATE, sha384_blocks(state, blocks))
-    td.wr64(tdcs.MRTD_LENGTH, length + len(blocks))
+    cpu = td.call.cpu
+    at = td.p0 + tdcs.MRTD_STATE
+    context = cpu.read(at, CONTEXT_SIZE)
+    length = int.from_bytes(context[64:], "little") + len(blocks)
+    cpu.write(at, sha384_blocks(context[:64], blocks) + length.to_bytes(8, "little"))
 
 
 def abandon(td: Td) -> None:

@@ -12,6 +12,7 @@ from softtdx.abi.status import Operand, Status
 
 from .context import Call
 from .errors import LeafError, operand_invalid
+from .fatal import ModuleFatal
 from .locks import EXCLUSIVE, SHARED
 from .pamt import (
     ENTRY_SIZE,
@@ -54,7 +55,7 @@ def promote(call: Call, pa: int, size: int) -> tuple[int, int] | None:
     content = bytearray(cpu.read(below, _CHILDREN * ENTRY_SIZE))
     first = int.from_bytes(content[:8], "little")
     if content[2::ENTRY_SIZE] != bytes((first >> TYPE_SHIFT & 0xFF,)) * _CHILDREN:
-        raise RuntimeError(f"PAMT entries from {pa:#x} on differ in a range that the secure EPT maps alike")
+        raise ModuleFatal(f"PAMT entries from {pa:#x} on differ in a range that the secure EPT maps alike")
     cpu.wr64(page.address, first)
     content[2::ENTRY_SIZE] = bytes(_CHILDREN)  # PT_NDA; owner and BEPOCH stay
     cpu.write(below, bytes(content))

@@ -8,7 +8,17 @@ from softtdx.abi.leaves import SeamcallLeaf, TdcallLeaf
 if TYPE_CHECKING:
     from .context import Call
 
-__all__ = ["HOST_LEAVES", "GuestHandler", "HostHandler", "HostLeaf", "guest_leaves", "host_leaf", "seamcall", "tdcall"]
+__all__ = [
+    "ALL_VERSIONS",
+    "HOST_LEAVES",
+    "GuestHandler",
+    "HostHandler",
+    "HostLeaf",
+    "guest_leaves",
+    "host_leaf",
+    "seamcall",
+    "tdcall",
+]
 
 HostHandler = Callable[["Call"], int | None]
 """A host-side leaf: operands and results in `call.regs`; None or a status for RAX; LeafError stops it."""
@@ -18,6 +28,10 @@ GuestHandler = Callable[..., int | None]
 
 H = TypeVar("H", bound=HostHandler)
 G = TypeVar("G", bound=GuestHandler)
+
+
+ALL_VERSIONS = tuple(range(256))
+"""For a leaf that looks at its version itself, because it answers more than OPERAND_INVALID to one it does not know."""
 
 
 class HostLeaf:

@@ -41,6 +41,7 @@ from softtdx.hw.registers import Registers
 from . import epoch, tdcs
 from .context import Call
 from .errors import LeafError
+from .fatal import ModuleFatal
 from .pamt import PamtPage
 from .td import LockId, Td
 
@@ -201,9 +202,11 @@ def walk_to_leaf(td: Td, gpa: int) -> tuple[int, int, int]:
     LeafError OPERAND_INVALID RCX (the GPA), EPT_ENTRY_NOT_PRESENT RCX with the entry met in RCX and RDX.
     """
     call = td.call
-    if gpa & forbidden_private(td):
+    cpu = call.cpu
+    p0 = td.p0
+    if gpa & _PRIVATE_MASKS[cpu.rd8(p0 + tdcs.GPAW) & 1][cpu.rd8(p0 + tdcs.VIRT_MAXPA)]:
         raise LeafError(_INVALID, Operand.RCX)
-    at, entry, level = walk(call.cpu, root(td), top_level(td), gpa, 0)
+    at, entry, level = walk(cpu, td.pages[ROOT_PAGE], cpu.rd64(p0 + tdcs.EPTP) >> 3 & 7, gpa, 0)
     if not entry & LEAF or not entry & 7:
         set_details(call.regs, entry, level, call.g.hkid_mask)
         raise LeafError(Status.EPT_ENTRY_NOT_PRESENT, Operand.RCX)
@@ -224,6 +227,11 @@ def require_tracked(td: Td, entry: int, level: int, page: PamtPage) -> None:
         raise LeafError(Status.GPA_RANGE_NOT_BLOCKED, Operand.RCX)
     if not epoch.is_tracked(td, page.bepoch):
         raise LeafError(Status.TLB_TRACKING_NOT_DONE, Operand.RCX)
+
+
+def somebody_waits(call: Call, td: Td) -> bool:
+    """Whether a long leaf should make way: for another processor that wants the tree (INTERRUPTED_BUSY)."""
+    return call.locks.host_waits(td.pa | _SEPT_LOCK)
 
 
 # --- what an entry says
@@ -364,7 +372,7 @@ def store(cpu: SeamCpu, at: int, old: int, new: int) -> None:
     """
     while (found := cpu.cas64(at, old, new & ~HP | old & HP)) != old:
         if (found ^ old) & ~HP:
-            raise RuntimeError(f"the locked secure-EPT entry at {at:#x} changed from {old:#x} to {found:#x}")
+            raise ModuleFatal(f"the locked secure-EPT entry at {at:#x} changed from {old:#x} to {found:#x}")
         old = found
 
 

@@ -66,13 +66,15 @@ class Td:
         self.pa = pa
         self.pamt = page
         self.tdr = base = pa | g.global_key_bits
-        (self.fatal, self.num_tdcx, _, self.lifecycle, *pages, self.hkid, self.packages_keyed) = _HEAD.unpack(
-            cpu.read(base, tdr.HEAD_SIZE)
-        )
+        (
+            self.fatal, self.num_tdcx, _, self.lifecycle, p0, p1, p2, p3, p4, p5, *more, self.hkid, self.packages_keyed,
+        ) = _HEAD.unpack(cpu.read(base, tdr.HEAD_SIZE))  # fmt: skip
         key: int = self.hkid << g.hkid_shift
         self.key_bits = key
-        self.pages: list[int] = [p | key for p in pages[: self.num_tdcx]]
-        self.p0 = self.pages[0] if self.pages else 0
+        self.pages: list[int] = [p0 | key, p1 | key, p2 | key, p3 | key, p4 | key, p5 | key]
+        if self.num_tdcx != tdcs.PAGES_BASE:
+            self.pages = [*self.pages, *(page | key for page in more)][: self.num_tdcx]
+        self.p0 = p0 | key if self.num_tdcx else 0
         self.op_state = -1  # read by check_op_state
 
     # --- TDCS fields, by offset

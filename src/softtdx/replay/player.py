@@ -32,6 +32,7 @@ __all__ = ["Player", "replay"]
 
 Step = dict[str, Any]
 Differences = list[tuple[str, str, str]]
+_LATER: Final = "service TDs, migration and L2 VMs come later"
 COMPARED: Final = tuple(name for name in GPR_NAMES if name != "rsp")
 
 
@@ -111,6 +112,9 @@ class Player:
         index = step["lp"]
         if any(visit.lp == index for visit in self.inside):
             self.report.skip("the logical processor is still inside a TD")
+            return
+        if ignore.comes_later(step):
+            self.report.skip(_LATER)
             return
         regs = Registers(**self.recorded.host_sentinels)
         regs.rax = int(step["rax"], 0) if "rax" in step else step["leaf"] | step.get("v", 0) << 16
@@ -287,6 +291,9 @@ class Player:
         _send(self.child_pipe, self.report)
 
     def _count(self, step: Step, kind: str, status: str, differences: Differences) -> None:
+        if ignore.comes_later(step):
+            self.report.skip(_LATER)
+            return
         label = _status(int(status, 0)) if status.startswith("0x") else status
         mismatch = Mismatch(self.trace.name, step["n"], kind, step, tuple(differences)) if differences else None
         self.report.count(self.trace.name, kind, label, mismatch)

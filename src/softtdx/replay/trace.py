@@ -108,7 +108,10 @@ def _numbers(table: dict[str, str]) -> dict[str, int]:
 
 def _platform(table: dict[str, Any]) -> RecordedPlatform:
     seamrr = (int(table["seamrr"][0], 0), int(table["seamrr"][1], 0))
-    ram = int(table["ram_size"], 0)
+    size = int(table["ram_size"], 0)
+    ram: tuple[tuple[int, int], ...] = ((0, (size + MIB - 1) // MIB * MIB),)
+    if "ram" in table:
+        ram = tuple((int(base, 0), int(length, 0)) for base, length in table["ram"])
     cpuid = {
         (int(leaf, 0), None if subleaf == "-" else int(subleaf, 0)): tuple(int(v, 0) for v in values)
         for (leaf, _, subleaf), values in (
@@ -119,7 +122,7 @@ def _platform(table: dict[str, Any]) -> RecordedPlatform:
         name="recorded",
         packages=table["packages"],
         lps=table["lps"],
-        ram=((0, (ram + MIB - 1) // MIB * MIB),),
+        ram=ram,
         cmrs=tuple((int(base, 0), int(size, 0)) for base, size in table["cmrs"]),
         seamrr=seamrr,
         keyid_bits=table["keyid_bits"],

@@ -6,7 +6,17 @@ from typing import Any, Final
 from softtdx._silicon import Core
 from softtdx.hw.registers import GPR_NAMES
 
-__all__ = ["EntryState", "ExitState", "entered", "entry_state", "is_native", "make_exit", "set_state"]
+__all__ = [
+    "EntryState",
+    "ExitState",
+    "entered",
+    "entry_state",
+    "exit_fields",
+    "is_native",
+    "make_exit",
+    "read_state",
+    "set_state",
+]
 
 Step = dict[str, Any]
 
@@ -40,7 +50,18 @@ _EXIT_FIELDS: Final = {
     "idtvec": IDT_VECTORING_INFO,
     "idtvec_err": IDT_VECTORING_ERROR,
 }
-_STATE_FIELDS: Final = {"EFER": GUEST_EFER, "CS.AR": GUEST_CS_AR, "SS.AR": GUEST_SS_AR}
+_STATE_FIELDS: Final = {
+    "EFER": GUEST_EFER,
+    "CS.AR": GUEST_CS_AR,
+    "SS.AR": GUEST_SS_AR,
+    "INTERRUPTIBILITY": 0x4824,
+    "ACTIVITY": 0x4826,
+    "CR0": GUEST_CR0,
+    "CR3": 0x6802,
+    "CR4": 0x6804,
+    "RIP": GUEST_RIP,
+    "RFLAGS": 0x6820,
+}
 _VALID: Final = 1 << 31
 _ERROR_VALID: Final = 1 << 11
 _PAGE_FAULT: Final = 14
@@ -82,16 +103,21 @@ class EntryState:
         expected = "none" if wanted is None else _describe(wanted)
         return [] if found == expected else [("injected event", expected, found)]
 
-    def describe_event(self) -> str:
-        """The event for people."""
+    def event_values(self) -> dict[str, int]:
+        """The event as recordings have it: vec, type, err, cr2; empty for none."""
         if not self.event & _VALID:
-            return "none"
+            return {}
         event: dict[str, int] = {"vec": self.event & 0xFF, "type": self.event >> 8 & 7}
         if self.event & _ERROR_VALID:
             event["err"] = self.error
         if event["vec"] == _PAGE_FAULT and event["type"] == 3:
             event["cr2"] = self.cr2
-        return _describe(event)
+        return event
+
+    def describe_event(self) -> str:
+        """The event for people."""
+        event = self.event_values()
+        return _describe(event) if event else "none"
 
 
 def _describe(event: dict[str, Any]) -> str:
@@ -129,8 +155,19 @@ def make_exit(core: Core, event: Step, sentinels: dict[str, int]) -> ExitState:
     return ExitState(gprs, core.vmread(GUEST_RIP))
 
 
+def exit_fields(core: Core) -> tuple[dict[str, str], int]:
+    """What a VM exit says: the fields that are not 0, and the instruction length."""
+    values = {name: core.vmread(field) for name, field in _EXIT_FIELDS.items()}
+    return {name: hex(value) for name, value in values.items() if value}, core.vmread(EXIT_INSTRUCTION_LENGTH)
+
+
+def read_state(core: Core) -> dict[str, int]:
+    """State of the guest that its own code changes and the module looks at, by the names of `set_state`."""
+    return {name: core.vmread(field) for name, field in _STATE_FIELDS.items()}
+
+
 def set_state(core: Core, state: dict[str, Any]) -> None:
-    """The guest changed its mode: EFER, CS and SS access rights, CR0.PG."""
+    """The guest changed its mode, or ran on: EFER, CS and SS access rights, CR0.PG, control registers, RIP."""
     for name, field in _STATE_FIELDS.items():
         if name in state:
             core.vmwrite(field, int(state[name], 0))

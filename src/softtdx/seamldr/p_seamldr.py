@@ -179,6 +179,8 @@ class PSeamldr:
         image = cpu.read(code_pa, params.num_module_pages * PAGE)
         if hashlib.sha384(image).digest() != sigstruct.seamhash:
             raise _Failed(SeamldrStatus.EBADHASH, _UNRECOVERABLE)
+        if not update:  # the data pages of a module that was there before: their first one holds its handoff data
+            cpu.zero_page(self._region.base + PAGE * (1 + table.tot_num_lps))
         self._write_sysinfo(cpu, params, sigstruct, table)
         try:
             module = load_image(image)(cpu, cpu.read(self._region.base, SysInfoTable.SIZE))

@@ -11,6 +11,7 @@ from softtdx.vmm.errors import MachineError
 __all__ = ["GuestSharedMemory", "HypercallServices"]
 
 _EINVAL = 22
+_MSI_ADDRESS = 0xFEE0_0000
 
 
 class GuestSharedMemory:
@@ -44,6 +45,7 @@ class HypercallServices:
         self._get_quote = get_quote
         self._memory = GuestSharedMemory(vm)
         self.event_notify_vector: int | None = None
+        self._event_notify_apic = 0
 
     def hypercall(self, request: HypercallExit) -> None:
         """KVM_HC_MAP_GPA_RANGE: convert, and give back the memory behind the other alias."""
@@ -77,15 +79,29 @@ class HypercallServices:
                 slot.guest_memfd.punch_hole(slot.file_offset(at), end - at)
             at = end
 
-    def tdx(self, request: TdxExit) -> None:
-        """GetQuote and its companions."""
+    def tdx(self, request: TdxExit, apic_id: int = 0) -> None:
+        """GetQuote and its companions, asked by the vCPU with that APIC id."""
         if request.nr == VmcallLeaf.GET_QUOTE and self._get_quote is not None:
             gpa, size = request.data
-            request.ret = self._get_quote.call(self._memory, gpa, size, lambda: None)
-            # Served before the call returns, so that a run does not depend on how fast this machine signs.
-            self._get_quote.run_pending()
+            request.ret = self._get_quote.call(self._memory, gpa, size, self._notify)
+            if not self._get_quote.threaded:
+                # Served before the call returns, so that a run does not depend on how fast this machine signs.
+                self._get_quote.run_pending()
         elif request.nr == VmcallLeaf.SETUP_EVENT_NOTIFY_INTERRUPT:
-            self.event_notify_vector = request.data[0]
+            self.event_notify_vector, self._event_notify_apic = request.data[0], apic_id
             request.ret = VmcallStatus.SUCCESS
         elif request.nr == VmcallLeaf.GET_TDVMCALL_INFO:
             request.ret, request.r11, request.r12 = VmcallStatus.SUCCESS, int(self._get_quote is not None), 0
+
+    def close(self) -> None:
+        """Answer what is in flight, and take no more."""
+        if self._get_quote is not None:
+            self._get_quote.close()
+
+    def _notify(self) -> None:
+        """The event-notify interrupt, to the vCPU that asked for it; none without a vector or local APICs."""
+        if self.event_notify_vector is None or not self._vm.irqchip:
+            return
+        apic = self._event_notify_apic
+        address = _MSI_ADDRESS | (apic & 0xFF) << 12 | apic >> 8 << 5
+        self._vm.signal_msi(address, self.event_notify_vector)

@@ -16,7 +16,7 @@ PERCPU_SIZE = 0x4000
 STACK_SIZE = 256 << 10
 MAX_MEMORY = 3 << 30
 _MAGIC = int.from_bytes(b"SOFTTDX1", "little")
-_RANGE_TO_ACCEPT, _RANGE_PRESENT = 0, 1
+RANGE_TO_ACCEPT, _RANGE_PRESENT = 0, 1
 _MAX_RANGES = 32
 _INFO = struct.Struct("<6Q")
 _RANGES_AT = 13 * 8
@@ -38,11 +38,11 @@ class Layout:
         found, at = [], 0
         for base, data in self.present:
             if base > at:
-                found.append((at, base - at, _RANGE_TO_ACCEPT))
+                found.append((at, base - at, RANGE_TO_ACCEPT))
             found.append((base, len(data), _RANGE_PRESENT))
             at = base + len(data)
         if at < self.memory:
-            found.append((at, self.memory - at, _RANGE_TO_ACCEPT))
+            found.append((at, self.memory - at, RANGE_TO_ACCEPT))
         return found
 
 

@@ -6,9 +6,10 @@ It uses KVM's ioctl surface and nothing below it. The same machine is a TD or, w
 import threading
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from time import perf_counter
+from typing import Self
 
 from softtdx.abi.fields import table
 from softtdx.abi.kvm import (
@@ -22,12 +23,13 @@ from softtdx.abi.kvm import (
 from softtdx.abi.structs import Attributes
 from softtdx.abi.vmcs import AR_CODE32, AR_DATA32
 from softtdx.attest.getquote import GetQuote
+from softtdx.hw import LogicalProcessor
 from softtdx.kvm import Host, Kvm, KvmError, Vcpu
-from softtdx.kvm.uapi import KvmRun, Regs, Segment, Sregs, TdxCapabilities, TdxInitMemRegion, TdxInitVm
+from softtdx.kvm.uapi import CpuidEntry, KvmRun, Regs, Segment, Sregs, TdxCapabilities, TdxInitMemRegion, TdxInitVm
 from softtdx.vmm.devices import PortBus
 from softtdx.vmm.errors import MachineError
 from softtdx.vmm.hypercalls import HypercallServices
-from softtdx.vmm.launcher import FIRMWARE_BASE, PAGE, firmware_image, lay_out
+from softtdx.vmm.launcher import FIRMWARE_BASE, PAGE, RANGE_TO_ACCEPT, firmware_image, lay_out
 from softtdx.vmm.payload import Payload
 from softtdx.vmm.quoting import QuotingService
 
@@ -36,6 +38,7 @@ __all__ = ["End", "Machine", "MachineConfig", "MachineResult"]
 MAX_VCPUS = 64
 _RESET_VECTOR = 0xFFFF_FFF0
 _CR0_PE_NE = 0x21
+_ADDRESS_LEAF = 0x8000_0008  # EAX 23:16 tell KVM the GPA width
 _POLL = 0.05  # seconds between two looks of a waiting thread at signals
 
 
@@ -57,6 +60,7 @@ class MachineConfig:
     vcpus: int = 1
     vm: bool = False
     debug_td: bool = False
+    gpa_width: int = 48  # of a TD: 48 or 52; the shared bit is the top one
     mrconfigid: bytes = bytes(48)
     mrowner: bytes = bytes(48)
     mrownerconfig: bytes = bytes(48)
@@ -65,6 +69,8 @@ class MachineConfig:
         """MachineError for what no machine can have."""
         if not 1 <= self.vcpus <= MAX_VCPUS:
             raise MachineError(f"{self.vcpus} vCPUs; a machine has 1 to {MAX_VCPUS}")
+        if self.gpa_width not in (48, 52):
+            raise MachineError(f"{self.gpa_width} guest-physical address bits; a TD has 48 or 52")
         if self.memory < 1 << 20:
             raise MachineError(f"{self.memory} bytes of memory; a machine needs at least 1 MiB")
 
@@ -81,6 +87,7 @@ class MachineResult:
     instructions: int = 0
     wall_s: float = 0.0
     stats: Counter[str] = field(default_factory=Counter)
+    undefined: list[str] = field(default_factory=list)  # instructions that raised #UD for want of support
 
     @property
     def ok(self) -> bool:
@@ -108,11 +115,13 @@ class Machine:
         self._ending: MachineResult | None = None
         self._idle: set[int] = set()
         self._wakes = 0
+        self._mrtd: bytes | None = None
+        self._woken: dict[int, int] = {}
         self._ports = PortBus(self._output, self._exit, self._park, self._wake)
         self.kvm = Kvm(host)
         try:
             self.vm = self.kvm.create_vm(KVM_X86_DEFAULT_VM if self.config.vm else KVM_X86_TDX_VM)
-            get_quote = GetQuote(quoting.quote) if quoting is not None else None
+            get_quote = GetQuote(quoting.quote, threaded=quoting.asynchronous) if quoting is not None else None
             self._services = HypercallServices(self.vm, get_quote)
             self.vcpus: list[Vcpu] = []
             if not self.config.vm:
@@ -121,7 +130,7 @@ class Machine:
             self.kvm.mm.close()
             raise MachineError(f"the machine cannot be built: {error.strerror}") from error
 
-    def __enter__(self) -> "Machine":
+    def __enter__(self) -> Self:
         """Itself."""
         return self
 
@@ -135,7 +144,9 @@ class Machine:
         assert isinstance(caps, TdxCapabilities)
         attributes = Attributes.SEPT_VE_DISABLE | (Attributes.DEBUG if self.config.debug_td else 0)
         supported = {(e.function, e.index): e for e in self.kvm.get_supported_cpuid()}
-        cpuid = tuple(supported[e.function, e.index] for e in caps.cpuid if (e.function, e.index) in supported)
+        chosen = [supported[e.function, e.index] for e in caps.cpuid if (e.function, e.index) in supported]
+        width = self.config.gpa_width << 16
+        cpuid = tuple(replace(e, eax=e.eax & ~0xFF0000 | width) if e.function == _ADDRESS_LEAF else e for e in chosen)
         self.vm.memory_encrypt_op(
             TdxCommand.INIT_VM,
             TdxInitVm(
@@ -151,9 +162,23 @@ class Machine:
         """Put launcher and payload into memory and make the vCPUs. MachineError when they do not fit."""
         layout = lay_out(payload, self.config.memory, self.config.vcpus)
         self.load_contents([(FIRMWARE_BASE, firmware_image(layout)), *layout.present])
+        if self.config.vm:
+            return
+        try:
+            for base, size, kind in layout.ranges():
+                if kind == RANGE_TO_ACCEPT:  # the launcher will accept all of it, so spare it the faults
+                    self.vcpus[0].pre_fault_memory(base, size)
+        except KvmError as error:
+            raise MachineError(f"the machine cannot be built: {error.strerror}") from error
 
     def load_contents(self, contents: list[tuple[int, bytes]]) -> None:
         """The same with any initial memory: (GPA, whole pages), the firmware below 4 GiB first."""
+        free = self.host.memory.free_pages * PAGE
+        if self.config.memory > free:
+            raise MachineError(
+                f"the machine is to have {self.config.memory >> 20} MiB of memory, the simulated host has only "
+                f"{free >> 20} MiB free; give --memory less, or --platform with more ram and cmrs"
+            )
         try:
             self._add_memory(0, 0, self.config.memory)
             self._add_memory(1, contents[0][0], len(contents[0][1]))
@@ -163,6 +188,7 @@ class Machine:
                 self._place(gpa, data)
             if not self.config.vm:
                 self.vm.memory_encrypt_op(TdxCommand.FINALIZE_VM)
+                self._mrtd = self._read_mrtd()
         except KvmError as error:
             raise MachineError(f"the machine cannot be built: {error.strerror}") from error
 
@@ -178,7 +204,7 @@ class Machine:
     def _add_vcpu(self, vcpu_id: int) -> None:
         vcpu = self.vm.create_vcpu(vcpu_id)
         self.vcpus.append(vcpu)
-        vcpu.set_cpuid2(self.kvm.get_supported_cpuid())
+        vcpu.set_cpuid2(self._cpuid(vcpu_id))
         if not self.config.vm:
             vcpu.memory_encrypt_op(TdxCommand.INIT_VCPU, 0)
             return
@@ -186,6 +212,11 @@ class Machine:
         code = Segment(0x08, 0, 0xFFFF_FFFF, AR_CODE32)
         vcpu.set_sregs(Sregs(cs=code, ds=flat, es=flat, fs=flat, gs=flat, ss=flat, cr0=_CR0_PE_NE))
         vcpu.set_regs(Regs((0, 0, 0, 48, 0, 0, vcpu_id) + (0,) * 9, _RESET_VECTOR))
+
+    def _cpuid(self, vcpu_id: int) -> list[CpuidEntry]:
+        """What KVM answers to CPUID on a vCPU."""
+        del vcpu_id
+        return self.kvm.get_supported_cpuid()
 
     def _place(self, gpa: int, data: bytes) -> None:
         """Initial contents: written by the VMM, or for a TD added and measured from a copy that is dropped after."""
@@ -204,7 +235,7 @@ class Machine:
     # --- running
     def run(self) -> MachineResult:
         """Run until the guest ends, or `stop`. KeyboardInterrupt stops the machine and is passed on."""
-        start, before = perf_counter(), self._instructions()
+        start, before, undefined = perf_counter(), self._instructions(), self._undefined()
         threads = [
             threading.Thread(target=self._run_vcpu, args=(vcpu,), name=f"vcpu{vcpu.vcpu_id}", daemon=True)
             for vcpu in self.vcpus
@@ -224,6 +255,7 @@ class Machine:
         assert result is not None
         result.console, result.wall_s = bytes(self._console), perf_counter() - start
         result.instructions, result.stats = self._instructions() - before, self.vm.stats
+        result.undefined = sorted(self._undefined() - undefined)
         result.mrtd = self.mrtd()
         return result
 
@@ -232,17 +264,21 @@ class Machine:
         self._finish(MachineResult(End.STOPPED, message="stopped"))
 
     def mrtd(self) -> bytes | None:
-        """The TD's MRTD, which a host may read (TDH.MNG.RD); None for an ordinary VM."""
+        """The TD's MRTD, final once the TD is; None before, and for an ordinary VM."""
+        return self._mrtd
+
+    def _read_mrtd(self) -> bytes:
+        """TDH.MNG.RD, while the TD is sure to answer: it does not any more once it died."""
         from softtdx.kvm.tdx import TdxVm
 
         ops = self.vm.ops
-        if not isinstance(ops, TdxVm) or self.vm.closed:
-            return None
+        assert isinstance(ops, TdxVm)
         count = table("td")["MRTD"].num_elements
         return b"".join(ops.read_td_field("MRTD", i).to_bytes(8, "little") for i in range(count))
 
     def close(self) -> None:
         """Tear the machine down: every page and KeyID goes back."""
+        self._services.close()
         self.vm.close()
         self.kvm.mm.close()
 
@@ -252,8 +288,12 @@ class Machine:
                 vcpu.kick()
                 thread.join(0.01)
 
+    def _undefined(self) -> set[str]:
+        """What the simulated processors could not execute so far, disassembled."""
+        return {text for lp in self.host.platform.lps for text in self.host.cpus.call_on(lp.index, _undefined_on)}
+
     def _instructions(self) -> int:
-        return sum(lp.core.counters()["instructions"] for lp in self.host.platform.lps)
+        return sum(vcpu.instructions for vcpu in self.vcpus)
 
     def _run_vcpu(self, vcpu: Vcpu) -> None:
         try:
@@ -273,7 +313,7 @@ class Machine:
         elif reason is KvmExit.HYPERCALL and run.hypercall is not None:
             self._services.hypercall(run.hypercall)
         elif reason is KvmExit.TDX and run.tdx is not None:
-            self._services.tdx(run.tdx)
+            self._services.tdx(run.tdx, vcpu.vcpu_id)
         elif reason is KvmExit.HLT:
             self._wait(vcpu.vcpu_id, lambda: False)
         elif reason is KvmExit.MMIO and run.mmio is not None:
@@ -302,9 +342,9 @@ class Machine:
         self._finish(MachineResult(End.EXIT, status, "" if status == 0 else f"the guest ended with status {status}"))
 
     def _park(self, vcpu: int) -> None:
-        with self._lock:
-            seen = self._wakes
-        self._wait(vcpu, lambda: self._wakes != seen)
+        # A wake-up that came before the vCPU parked counts, so that none is lost.
+        self._wait(vcpu, lambda: self._wakes != self._woken.get(vcpu, 0))
+        self._woken[vcpu] = self._wakes
 
     def _wake(self) -> None:
         with self._lock:
@@ -314,6 +354,8 @@ class Machine:
     def _wait(self, vcpu: int, awake: Callable[[], bool]) -> None:
         """The vCPU sleeps until `awake`; when all sleep and nothing is left to wake one, the machine has halted."""
         with self._lock:
+            if awake():
+                return
             self._idle.add(vcpu)
             if len(self._idle) == len(self.vcpus):
                 self._finish(MachineResult(End.HALTED))
@@ -326,3 +368,7 @@ class Machine:
             if self._ending is None:
                 self._ending = result
             self._lock.notify_all()
+
+
+def _undefined_on(lp: LogicalProcessor) -> list[str]:
+    return lp.core.undefined()

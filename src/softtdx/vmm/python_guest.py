@@ -92,6 +92,7 @@ class Td:
         self.gpa_width = 0
         self._lp: LogicalProcessor | None = None
         self._base_rsp = 0
+        self._buffer_mapped = False
         self._hand_over: Callable[[], None]
 
     # --- instructions of a TD
@@ -184,6 +185,9 @@ class Td:
         """REP MOVSB to `address`."""
         for at in range(0, len(data), _BUFFER_SIZE):
             part = data[at : at + _BUFFER_SIZE]
+            if not self._buffer_mapped:  # in an ordinary VM it is not there before its first access
+                self.store(_BUFFER, 0)
+                self._buffer_mapped = True
             self._core().guest_write(_BUFFER, part)
             self._execute("copy", Registers(rsi=_BUFFER, rdi=address + at, rcx=len(part)))
 
@@ -284,10 +288,8 @@ class _Vcpu:
     def _rest(self, lp: LogicalProcessor) -> None:
         """The program has returned: the vCPU halts."""
         core = lp.core
+        core.set_gprs(Registers(rcx=STANDARD_MASK, r11=VmcallLeaf.HLT, r12=1).values())
         core.set_live("rsp", self.td._base_rsp)
-        if self.td.is_td:
-            halt = Registers(rcx=STANDARD_MASK, r11=VmcallLeaf.HLT, r12=1)
-            core.set_gprs(halt.values())
         core.set_live("rip", _SNIPPET["tdcall" if self.td.is_td else "hlt"])
 
 

@@ -25,11 +25,16 @@ def platform_pki(platform: Platform) -> Pki:
 class QuotingService:
     """Makes quotes of this platform's TDREPORTs, and keeps the last report and quote for the VMM's own report."""
 
-    def __init__(self, platform: Platform, pki: Pki | None = None) -> None:
-        """With the platform's own PKI unless another is given."""
+    def __init__(self, platform: Platform, pki: Pki | None = None, *, asynchronous: bool = False) -> None:
+        """With the platform's own PKI unless another is given.
+
+        `asynchronous`: requests stay in flight while the TD runs on, as on a real host; then when a quote is there
+        differs from run to run.
+        """
         seamops = platform.seamops
         self.pki = pki or platform_pki(platform)
         self._enclave = QuotingEnclave(self.pki, lambda mac: seamops.verify(mac) is SeamOpsStatus.SUCCESS)
+        self.asynchronous = asynchronous
         self.last_report: bytes | None = None
         self.last_quote: bytes | None = None
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from softtdx.abi.exits import ExitReason
+from softtdx.abi.leaves import SEAMLDR_CALL, SeamcallLeaf, SeamldrLeaf, TdcallLeaf
 from softtdx.errors import SoftTdxError
 from softtdx.hw import Event, EventStream
 
@@ -30,7 +32,7 @@ def write_trace(events: EventStream, path: str | Path | None) -> Iterator[None]:
     def write(event: Event) -> None:
         nonlocal count
         with lock:
-            row = {"n": count, "kind": event.kind, "lp": event.lp, **event.data}
+            row = {"n": count, "kind": event.kind, "lp": event.lp} | _named(event) | event.data
             file.write(json.dumps(row, default=_plain) + "\n")
             count += 1
 
@@ -41,6 +43,20 @@ def write_trace(events: EventStream, path: str | Path | None) -> Iterator[None]:
         end()
         with lock:
             file.close()
+
+
+_LEAVES: dict[str, dict[int, str]] = {
+    "seamcall": {int(leaf): leaf.mnemonic for leaf in SeamcallLeaf},
+    "tdcall": {int(leaf): leaf.mnemonic for leaf in TdcallLeaf},
+    "seamldr": {int(leaf) & ~SEAMLDR_CALL: leaf.mnemonic for leaf in SeamldrLeaf},
+}
+_REASONS = {int(reason): reason.name for reason in ExitReason}
+
+
+def _named(event: Event) -> dict[str, str]:
+    """What the numbers of an event are called."""
+    name = _LEAVES.get(event.kind, {}).get(event.data.get("leaf", -1)) or _REASONS.get(event.data.get("reason", -1))
+    return {"name": name} if name is not None else {}
 
 
 def _plain(value: Any) -> Any:

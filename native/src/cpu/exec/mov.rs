@@ -5,7 +5,7 @@ use iced_x86::{Code, Instruction, Mnemonic, OpKind};
 use crate::by_size;
 use crate::cpu::decode::{bitness, gpr, immediate, operand_size};
 use crate::cpu::int::Int;
-use crate::cpu::state::{Cpu, Stop, StopKind, RAX, RBP, RDX, RSP, SEG_BASE, SS};
+use crate::cpu::state::{Cpu, Stop, RAX, RBP, RDX, RSP, SEG_BASE, SS};
 use crate::cpu::uop::{step, Flow, Handler, Ip, Uop};
 
 fn mov_rr<T: Int>(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
@@ -161,7 +161,7 @@ impl Cpu {
         if self.stack_mask == u64::MAX {
             let rsp = self.gpr[RSP].wrapping_sub(T::BYTES);
             if let Err(stop) = self.store::<T>(rsp, value) {
-                return Err(self.on_stack(stop));
+                return Err(self.stack_stop(stop));
             }
             self.gpr[RSP] = rsp;
             return Ok(());
@@ -173,24 +173,15 @@ impl Cpu {
     pub fn pop<T: Int>(&mut self) -> Result<T, Stop> {
         if self.stack_mask == u64::MAX {
             let rsp = self.gpr[RSP];
-            let value = match self.load::<T>(rsp) {
-                Ok(value) => value,
-                Err(stop) => return Err(self.on_stack(stop)),
+            return match self.load::<T>(rsp) {
+                Ok(value) => {
+                    self.gpr[RSP] = rsp.wrapping_add(T::BYTES);
+                    Ok(value)
+                }
+                Err(stop) => Err(self.stack_stop(stop)),
             };
-            self.gpr[RSP] = rsp.wrapping_add(T::BYTES);
-            return Ok(value);
         }
         self.pop_legacy(T::BYTES).map(T::from64)
-    }
-
-    /// A non-canonical stack address is #SS(0), whatever the instruction's memory operand is.
-    #[cold]
-    #[inline(never)]
-    fn on_stack(&mut self, stop: Stop) -> Stop {
-        if self.stop == StopKind::Canonical {
-            self.raise(12, Some(0));
-        }
-        stop
     }
 
     #[inline(never)]

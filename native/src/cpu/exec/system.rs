@@ -809,7 +809,7 @@ fn software_event(cpu: &mut Cpu, u: &Uop, vector: u8, kind: u8) -> Result<Flow, 
         vector,
         kind,
         error: None,
-        length: u.len(),
+        length: u.length(),
     })?;
     cpu.partial = u32::from(u.n) + 1;
     cpu.stop = crate::cpu::state::StopKind::Sync;

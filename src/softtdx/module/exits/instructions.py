@@ -11,7 +11,7 @@ from softtdx.abi.status import Status
 
 from .. import vmcs
 from ..fatal import ModuleFatal
-from ..features import XCR0_USER_MASK, XFAM_AVX, XFAM_SSE
+from ..features import XCR0_USER_MASK, xcr0_valid
 from ..transitions.guest import Guest, TdExit
 
 __all__ = ["PARAVIRT", "UNDEFINED", "give_configurable_ve", "give_gp", "give_ud", "give_ve", "rdpmc", "xsetbv"]
@@ -24,9 +24,6 @@ UNDEFINED: Final = (
 
 RAX, RCX, RDX = 0, 1, 2
 U32: Final = 0xFFFF_FFFF
-XCR0_X87: Final = 1
-XCR0_AVX512: Final = 7 << 5
-XCR0_AMX: Final = 3 << 17
 
 
 def give_ve(guest: Guest) -> None:
@@ -63,18 +60,7 @@ def xsetbv(guest: Guest) -> None:
     """XSETBV of XCR0, within what the processor has and XFAM allows; anything else is #GP(0)."""
     cpu = guest.cpu
     value = cpu.gpr(RDX) << 32 & (U32 << 32) | cpu.gpr(RAX) & U32
-    if cpu.gpr(RCX) & U32 or not xcr0_valid(guest, value):
+    if cpu.gpr(RCX) & U32 or not xcr0_valid(guest.xfam & XCR0_USER_MASK, value):
         guest.inject_gp()
         return
     cpu.core.xcr0 = value
-
-
-def xcr0_valid(guest: Guest, value: int) -> bool:
-    """Whether a TD may load this XCR0 (SDM vol. 1, 13.3, and XFAM)."""
-    if value & ~(guest.xfam & XCR0_USER_MASK) or not value & XCR0_X87:
-        return False
-    if value & XFAM_AVX and not value & XFAM_SSE:
-        return False
-    if value & XCR0_AVX512 and (value & XCR0_AVX512 != XCR0_AVX512 or not value & XFAM_AVX):
-        return False
-    return value & XCR0_AMX in (0, XCR0_AMX)

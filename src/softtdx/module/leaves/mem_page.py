@@ -3,10 +3,10 @@
 from typing import Final
 
 from softtdx.abi.leaves import SeamcallLeaf
-from softtdx.abi.sept import HPA_MASK, LEAF, STATE_MASK, TDEL
+from softtdx.abi.sept import HPA_MASK, LEAF, STATE_MASK, TDAL_MASK, TDEL
 from softtdx.abi.status import Operand, Status
 
-from .. import measure, sept
+from .. import measure, sept, sept_l2
 from ..context import Call
 from ..errors import LeafError, operand_invalid
 from ..locks import EXCLUSIVE, SHARED
@@ -128,6 +128,8 @@ def mem_page_remove(call: Call) -> None:
         raise
 
     # Every check has passed.
+    if entry & TDAL_MASK:
+        sept_l2.free_all(td, entry, info, level)
     sept.store(cpu, at, entry, sept.vacated(td))
     td.add_children(-(1 << 9 * level))
     regs.rcx = pa | page.set_type(NDA)
@@ -169,5 +171,7 @@ def mem_page_relocate(call: Call) -> None:
     if entry & STATE_MASK not in sept.ANY_PENDING:
         cpu.copy_page(target, old_pa | td.key_bits)
     new.set(REG, td.pa, 0)
+    if entry & TDAL_MASK:
+        sept_l2.move_all(td, entry, info, target)
     sept.store(cpu, at, entry, sept.unblocked(entry & ~HPA_MASK | target) & ~TDEL)
     regs.rcx = old_pa | old.set_type(NDA)

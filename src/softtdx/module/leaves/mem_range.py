@@ -3,10 +3,10 @@
 from typing import Final
 
 from softtdx.abi.leaves import SeamcallLeaf
-from softtdx.abi.sept import HPA_MASK, LEAF, STATE_MASK, TDEL
+from softtdx.abi.sept import HPA_MASK, LEAF, STATE_MASK, TDAL_MASK, TDEL
 from softtdx.abi.status import Operand, Status
 
-from .. import epoch, sept
+from .. import epoch, sept, sept_l2
 from ..context import Call
 from ..errors import LeafError
 from ..locks import EXCLUSIVE
@@ -48,6 +48,9 @@ def mem_range_block(call: Call) -> None:
         raise LeafError(Status.GPA_RANGE_ALREADY_BLOCKED if already else Status.EPT_ENTRY_STATE_INCORRECT, Operand.RCX)
     blocked = sept.blocked(entry, level)
     sept.store(cpu, at, entry, blocked)
+    if entry & TDAL_MASK:
+        # After the L1 entry, so that an EPT violation of an L2 VM in between is seen to be the host's doing.
+        sept_l2.block_all(td, entry, info, level)
     # The epoch is sampled after the entry is blocked: a vCPU that enters later in this epoch finds it blocked.
     _page_below(call, blocked, level).set_bepoch(epoch.current(td))
     sept.unlock(cpu, at, blocked)
@@ -77,6 +80,8 @@ def mem_range_unblock(call: Call) -> None:
     except LeafError:
         sept.unlock(cpu, at, entry)
         raise
+    if entry & TDAL_MASK and entry & STATE_MASK not in sept.ANY_PENDING:
+        sept_l2.unblock_all(td, entry, info, level)
     sept.store(cpu, at, entry, sept.unblocked(entry) & ~TDEL)
 
 

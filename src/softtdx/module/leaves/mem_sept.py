@@ -3,23 +3,23 @@
 from typing import Final
 
 from softtdx.abi.leaves import SeamcallLeaf
-from softtdx.abi.sept import FREE_ENTRY, HPA_MASK, STATE_MASK
+from softtdx.abi.sept import FREE_ENTRY, HPA_MASK, L2_STATE_MASK, STATE_MASK, TDEL
 from softtdx.abi.status import Operand, Status
 
-from .. import sept, tdcs
+from .. import sept, sept_l2, tdcs
 from ..context import Call
 from ..errors import LeafError, operand_invalid
 from ..locks import EXCLUSIVE, SHARED
 from ..pamt import PageType, PamtPage, lock_implicit, lock_page
-from ..registry import seamcall
+from ..registry import ALL_VERSIONS, seamcall
 from ..td import Td, open_td
 
 NULL_PA: Final = (1 << 64) - 1
 NOT_USED: Final = 1 << 63  # in a page operand of SEPT.ADD version 1: handed back, the page is already there
 ALLOW_EXISTING: Final = 1
+L2_REGISTERS: Final = ("r8", "r9", "r10", "r11")  # by VM
 DEBUG: Final = 1  # ATTRIBUTES.DEBUG
 TDR_FIELD: Final = 0x000F_FFFF_FFFF_F000
-ALL_VERSIONS: Final = tuple(range(256))
 
 _ADD_STATES: Final = sept.host_states(SeamcallLeaf.MEM_SEPT_ADD)
 _REMOVE_STATES: Final = sept.host_states(SeamcallLeaf.MEM_SEPT_REMOVE)
@@ -49,7 +49,7 @@ def mem_sept_add(call: Call) -> None:
     try:
         _sept_add(call, info, handle, pages)
     except LeafError as stop:
-        if stop.rax == Status.INTERRUPTED_RESUMABLE:
+        if stop.rax in (Status.INTERRUPTED_RESUMABLE, Status.INTERRUPTED_BUSY):
             regs.rcx, regs.rdx = info, handle
         raise
     finally:
@@ -81,23 +81,70 @@ def _sept_add(call: Call, info: int, handle: int, pages: list[int]) -> None:
             pages[0] |= NOT_USED
         else:
             raise _state_incorrect(call, entry, info & 7)
-        for vm in range(1, len(pages)):
-            if pages[vm] != NULL_PA:
-                raise operand_invalid(Operand(Operand.R8 + vm))
+        l2 = [_prepare_l2(call, td, vm, info, pages, allow_existing) for vm in range(1, len(pages))]
     except LeafError:
         sept.unlock(cpu, at, entry)
         raise
-    if page is None:
-        sept.unlock(cpu, at, entry)
-        return
-    _take_page(td, page)
-    sept.store(cpu, at, entry, sept.make_non_leaf(td.keyed(page.pa)))
-    pages[0] = NULL_PA
+
+    # Every check has passed.
+    new = entry
+    if page is not None:
+        _take_page(td, page, l2=False)
+        new = sept.make_non_leaf(td.keyed(page.pa)) | TDEL
+        sept.store(cpu, at, entry, new)
+        pages[0] = NULL_PA
+    added = page is not None
+    for place in l2:
+        if place is None:
+            continue
+        if added:
+            stop = _interruption(call, td)
+            if stop is not None:
+                sept.unlock(cpu, at, new)
+                raise stop
+        vm, entry_at, l2_page = place
+        _take_page(td, l2_page, l2=True)
+        sept.store(cpu, at, new, new | sept_l2.alias_flag(vm))
+        new |= sept_l2.alias_flag(vm)
+        cpu.wr64(entry_at, sept_l2.make_non_leaf(td.keyed(l2_page.pa)))
+        pages[vm] = NULL_PA
+        added = True
+    sept.unlock(cpu, at, new)
 
 
-def _take_page(td: Td, page: PamtPage) -> None:
+def _prepare_l2(
+    call: Call, td: Td, vm: int, info: int, pages: list[int], allow_existing: int
+) -> tuple[int, int, PamtPage] | None:
+    """Check the page for an L2 VM: (VM, address of its entry, locked page), None when there is nothing to add."""
+    if pages[vm] == NULL_PA:
+        return None
+    operand = Operand(Operand.R8 + vm)
+    if vm > td.rd16(tdcs.NUM_L2_VMS):
+        raise operand_invalid(operand)
+    at, entry, reached = sept_l2.walk(td, vm, info, info & 7)
+    if reached != info & 7:
+        raise sept_l2.refuse(call, td, Status.L2_SEPT_WALK_FAILED, entry, reached, vm)
+    if entry & L2_STATE_MASK == sept_l2.FREE:
+        return vm, at, lock_page(call, pages[vm], PageType.NDA, EXCLUSIVE, operand)
+    if not allow_existing:
+        raise sept_l2.refuse(call, td, Status.L2_SEPT_ENTRY_NOT_FREE, entry, reached, vm)
+    pages[vm] |= NOT_USED
+    return None
+
+
+def _interruption(call: Call, td: Td) -> LeafError | None:
+    """Between two pages: whether an interrupt or another processor waits. The host calls again with what is left."""
+    if call.cpu.interrupt_pending():
+        return LeafError(Status.INTERRUPTED_RESUMABLE)
+    return LeafError(Status.INTERRUPTED_BUSY) if sept.somebody_waits(call, td) else None
+
+
+def _take_page(td: Td, page: PamtPage, *, l2: bool) -> None:
     """A free page becomes an S-EPT page of the TD, all its entries free."""
-    sept.write_free_page(td.call.cpu, td.keyed(page.pa))
+    if l2:
+        td.call.cpu.zero_page(td.keyed(page.pa))
+    else:
+        sept.write_free_page(td.call.cpu, td.keyed(page.pa))
     page.set(PageType.EPT, td.pa, 0)
     td.add_children(1)
 
@@ -125,8 +172,20 @@ def mem_sept_rd(call: Call) -> None:
     at, entry = sept.open_entry(call, td, info, 0, sept.TREE, SHARED)
     sept.unlock(call.cpu, at, entry)
     if handle & 1:
-        regs.r8 = 0
+        regs.r8 = _l2_attributes(td, entry, info)
     sept.set_details(regs, entry, info & 7, call.g.hkid_mask)
+
+
+def _l2_attributes(td: Td, entry: int, info: int) -> int:
+    state = entry & STATE_MASK
+    if state == sept.FREE:
+        return 0
+    attributes = 0
+    for vm in sept_l2.aliases(entry):
+        _, l2_entry = sept_l2.find(td, vm, info, info & 7)
+        blockedw, pending = state in sept.ANY_BLOCKEDW, state in sept.ANY_PENDING
+        attributes |= sept_l2.attributes_of(l2_entry, blockedw=blockedw, pending=pending) << 16 * vm
+    return attributes
 
 
 @seamcall(SeamcallLeaf.MEM_SEPT_REMOVE, versions=ALL_VERSIONS)
@@ -159,9 +218,15 @@ def mem_sept_remove(call: Call) -> None:
         if not sept.page_is_free(cpu, td.keyed(pa)):
             sept.set_details(regs, entry, info & 7, call.g.hkid_mask)
             raise LeafError(Status.EPT_PAGE_NOT_FREE, Operand.RCX)
+        tables = sept_l2.lock_tables(call, td, entry, info, info & 7)
     except LeafError:
         sept.unlock(cpu, at, entry)
         raise
+    for vm, l2_at, table in reversed(tables):
+        cpu.wr64(l2_at, sept_l2.FREE)
+        freed = table.pa | table.set_type(PageType.NDA)
+        if call.version:
+            setattr(regs, L2_REGISTERS[vm], freed)
     sept.store(cpu, at, entry, FREE_ENTRY)
-    td.add_children(-1)
+    td.add_children(-1 - len(tables))
     regs.rcx = pa | page.set_type(PageType.NDA)

@@ -11,7 +11,7 @@ from ..context import Call
 from ..errors import LeafError
 from ..locks import SHARED
 from ..metadata import engine, sys_fields, td_fields, vp_fields
-from ..registry import seamcall
+from ..registry import ALL_VERSIONS, seamcall
 from ..shared import check_shared
 from ..td import Td, check_op_state, open_td, open_td_of
 from ..transitions.vcpu import Vcpu, lock_tdvpr
@@ -71,19 +71,22 @@ def _host_view(td: Td) -> engine.View:
     return engine.HOST_DEBUG if debug else engine.HOST_PRODUCTION
 
 
-@seamcall(SeamcallLeaf.MNG_RD, versions=(0, 1))
+@seamcall(SeamcallLeaf.MNG_RD, versions=ALL_VERSIONS)
 def mng_rd(call: Call) -> None:
     """TDH.MNG.RD: a field of a TD's TDR or TDCS.
 
     In: RCX TDR, RDX field id (version 1: all ones for the first id). Out: R8 value; version 1: RDX next id.
-    Statuses in order: those of `open_td` (RCX), METADATA_FIRST_FIELD_ID_IN_CONTEXT (version 1),
+    Statuses in order: OPERAND_INVALID (RAX: version), those of `open_td` (RCX),
+    METADATA_FIRST_FIELD_ID_IN_CONTEXT (version 1),
     METADATA_FIELD_ID_INCORRECT, METADATA_FIELD_NOT_READABLE.
     """
     regs = call.regs
     raw = regs.rdx
+    regs.r8 = 0
     if call.version:
         regs.rdx = NULL_FIELD_ID
-    regs.r8 = 0
+        if call.version > 1:
+            raise LeafError(Status.OPERAND_INVALID, Operand.RAX)
     td = open_td(call, regs.rcx, SeamcallLeaf.MNG_RD)
     view, context = _host_view(td), td_fields.context_of(td)
     raw = engine.with_context(raw, MdContext.TD)
@@ -123,20 +126,22 @@ def _open_vcpu(call: Call, leaf: SeamcallLeaf, *, allow_disabled: bool) -> Vcpu:
     return vcpu
 
 
-@seamcall(SeamcallLeaf.VP_RD, versions=(0, 1))
+@seamcall(SeamcallLeaf.VP_RD, versions=ALL_VERSIONS)
 def vp_rd(call: Call) -> None:
     """TDH.VP.RD: a field of a vCPU's TDVPS or TD VMCS; binds the vCPU to this processor.
 
     In: RCX TDVPR, RDX field id (version 1: all ones for the first id). Out: R8 value; version 1: RDX next id.
-    Statuses in order: those of a TDVPR (RCX), OPERAND_BUSY (TDR), those of the TD's state, TDCX_NUM_INCORRECT,
-    VCPU_STATE_INCORRECT, VCPU_ASSOCIATED, METADATA_FIRST_FIELD_ID_IN_CONTEXT (version 1),
+    Statuses in order: OPERAND_INVALID (RAX: version), those of a TDVPR (RCX), OPERAND_BUSY (TDR), those of the TD's
+    state, TDCX_NUM_INCORRECT, VCPU_STATE_INCORRECT, VCPU_ASSOCIATED, METADATA_FIRST_FIELD_ID_IN_CONTEXT (version 1),
     METADATA_FIELD_ID_INCORRECT, METADATA_FIELD_NOT_READABLE.
     """
     regs = call.regs
     raw = regs.rdx
+    regs.r8 = 0
     if call.version:
         regs.rdx = NULL_FIELD_ID
-    regs.r8 = 0
+        if call.version > 1:
+            raise LeafError(Status.OPERAND_INVALID, Operand.RAX)
     vcpu = _open_vcpu(call, SeamcallLeaf.VP_RD, allow_disabled=True)
     view, context = _host_view(vcpu.td), vp_fields.context_of(vcpu)
     raw = engine.with_context(raw, MdContext.VP)

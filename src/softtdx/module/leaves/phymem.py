@@ -20,6 +20,7 @@ RESUME: Final = 1
 WITH_BEPOCH: Final = frozenset({PageType.REG, PageType.EPT})
 HPA: Final = (1 << 52) - (1 << 12)
 LEVEL: Final = 7
+RDMD_ADDRESS: Final = (1 << 40) - (1 << 12)  # bits 51:40 of RDMD's operand are admitted, and lost
 NON_LEAF: Final = 1 << 63
 
 
@@ -47,7 +48,7 @@ def phymem_page_rdmd(call: Call) -> None:
     size = raw & LEVEL
     if raw & ~(HPA | LEVEL) or size > PageSize.SIZE_1G or (size and not g.dynamic_pamt):
         raise LeafError(Status.OPERAND_INVALID, Operand.RCX)
-    pa = raw & HPA
+    pa = raw & RDMD_ADDRESS
     page = walk(call, pa, _block(call, pa, size), SHARED, size, Operand.RCX)
     kind = page.page_type
     regs.r8 = page.level

@@ -14,7 +14,7 @@ from ..handoff import read_header
 from ..locks import EXCLUSIVE, SHARED
 from ..pamt import ENTRY_SIZE, PageType, publish_block
 from ..platform import compare, leaf_subleaf, sample
-from ..registry import seamcall
+from ..registry import ALL_VERSIONS, seamcall
 from ..shared import check_shared
 from ..state import GLOBAL_LOCK, MAX_PACKAGES, TDMR_LOCK, SysState, Tdmr
 
@@ -36,18 +36,20 @@ def lock_global(call: Call, exclusive: bool) -> None:
     call.held.append((GLOBAL_LOCK, exclusive))
 
 
-@seamcall(SeamcallLeaf.SYS_INIT, versions=(0, 1), before_ready=True)
+@seamcall(SeamcallLeaf.SYS_INIT, versions=ALL_VERSIONS, before_ready=True)
 def sys_init(call: Call) -> None:
     """TDH.SYS.INIT: check the machine and set up the module's global data.
 
     In: RCX reserved; version 1: R8 fatal-error reporting (address bits 51:6, interrupt kind 55:54, vector 63:56).
     Out: after INCORRECT_CPUID_VALUE RCX leaf and subleaf, RDX/R8 mask, R9/R10 expected value; else 0.
-    Statuses in order: SYS_BUSY, OPERAND_INVALID (RCX), SYS_INIT_NOT_PENDING, those of `platform.sample`,
-    INCOMPATIBLE_SEAM_CAPABILITIES, SYS_INCOMPATIBLE_SIGSTRUCT, OPERAND_INVALID (R8).
+    Statuses in order: OPERAND_INVALID (RAX: version), SYS_BUSY, OPERAND_INVALID (RCX), SYS_INIT_NOT_PENDING, those
+    of `platform.sample`, INCOMPATIBLE_SEAM_CAPABILITIES, SYS_INCOMPATIBLE_SIGSTRUCT, OPERAND_INVALID (R8).
     """
     regs, g, cpu = call.regs, call.g, call.cpu
     reserved, fatal_info = regs.rcx, regs.r8
     regs.rcx = regs.rdx = regs.r8 = regs.r9 = regs.r10 = 0
+    if call.version > 1:
+        raise LeafError(Status.OPERAND_INVALID, Operand.RAX)
     lock_global(call, EXCLUSIVE)
     if reserved:
         raise LeafError(Status.OPERAND_INVALID, Operand.RCX)

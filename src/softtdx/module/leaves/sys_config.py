@@ -109,7 +109,7 @@ def sys_config(call: Call) -> None:
         _check(g, infos)
     g.tdmrs = [_tdmr(index, info) for index, info in enumerate(infos)]
     g.blocks = {}
-    _complete_cpuid(g.platform)
+    complete_cpuid(g.platform)
     g.packages_keyed = 0
     call.module.enter_state(SysState.CONFIG_DONE)
 
@@ -127,7 +127,7 @@ def _tdmr(index: int, info: TdmrInfo) -> Tdmr:
     )
 
 
-def _complete_cpuid(config: PlatformConfig) -> None:
+def complete_cpuid(config: PlatformConfig) -> None:
     """From now on the sampled CPUID values are what a TD gets where the host configures nothing."""
     for index, row in enumerate(abi_cpuid.rows()):
         eax, ebx, ecx, edx = (

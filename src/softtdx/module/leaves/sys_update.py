@@ -9,9 +9,10 @@ from .. import handoff, limits
 from ..context import Call
 from ..errors import LeafError
 from ..metadata.sys_fields import features0
-from ..registry import seamcall
+from ..registry import ALL_VERSIONS, seamcall
 from ..state import SysState
 from .sys import lock_global
+from .sys_config import complete_cpuid
 
 AVOID_COMPAT_SENSITIVE: Final = 1 << 16
 HANDOFF_MASK: Final = 0x1_FFFF
@@ -49,7 +50,7 @@ def sys_shutdown(call: Call) -> None:
     handoff.save(call.cpu, g)
 
 
-@seamcall(SeamcallLeaf.SYS_UPDATE, versions=tuple(range(256)), before_ready=True)
+@seamcall(SeamcallLeaf.SYS_UPDATE, versions=ALL_VERSIONS, before_ready=True)
 def sys_update(call: Call) -> None:
     """TDH.SYS.UPDATE: take over from the module before this one; its TDs go on.
 
@@ -71,5 +72,6 @@ def sys_update(call: Call) -> None:
             raise LeafError(Status.OPERAND_INVALID, Operand.R10)
         g.update_compatibility = bool(regs.r9 & UPDATE_COMPATIBILITY)
     handoff.restore(call.cpu, g)
+    complete_cpuid(g.platform)
     handoff.withdraw(call.cpu, g)
     call.module.enter_state(SysState.READY)

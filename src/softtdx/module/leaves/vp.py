@@ -15,7 +15,7 @@ from ..features import XFAM_LBR, CpuidFlag
 from ..locks import EXCLUSIVE, SHARED
 from ..pamt import PageType, lock_page
 from ..platform import PlatformConfig
-from ..registry import seamcall
+from ..registry import ALL_VERSIONS, seamcall
 from ..td import KEYS_CONFIGURED, Td, check_op_state, open_td, open_td_of
 from ..transitions.enter import enter
 from ..transitions.lp import lp_state
@@ -98,7 +98,7 @@ def vp_addcx(call: Call) -> None:
     page.set(PageType.TDCX, td.pa)
 
 
-@seamcall(SeamcallLeaf.VP_INIT, versions=tuple(range(256)))
+@seamcall(SeamcallLeaf.VP_INIT, versions=ALL_VERSIONS)
 def vp_init(call: Call) -> None:
     """TDH.VP.INIT: the vCPU's initial state and its VMCS.
 
@@ -242,6 +242,7 @@ def vp_flush(call: Call) -> None:
         vcpu.wr8(tdvps.VM_LAUNCHED + vm, 0)
     vcpu.unbind()
     lp.last_tdvpr = 0
+    lp.residents.pop(regs.rcx, None)
 
 
 @seamcall(SeamcallLeaf.VP_ENTER)

@@ -24,10 +24,12 @@ from softtdx.abi.status import Operand, Status
 from .. import tdcs, tdvps
 from ..errors import LeafError
 from ..registry import guest_leaves
-from ..transitions.guest import NO_REASON, Guest, Resume, TdExit
+from ..transitions.guest import NO_REASON, Guest, Resume, TdExit, Vmcall
+from .vp import vmcall_allowed
 
 __all__ = ["handle_tdcall"]
 
+VP_VMCALL: Final = int(TdcallLeaf.VP_VMCALL)
 _INVALID_RAX: Final = int(Status.OPERAND_INVALID) | Operand.RAX
 _BUSY: Final = int(Status.OPERAND_BUSY)
 _BUSY_HOST_PRIORITY: Final = int(Status.OPERAND_BUSY_HOST_PRIORITY)
@@ -46,11 +48,15 @@ def handle_tdcall(guest: Guest) -> None:
     cpu = guest.cpu
     call = guest.call
     regs = guest.regs
+    guest.gprs = values = cpu.gprs()
+    rax = values[0]
+    if rax == VP_VMCALL and vmcall_allowed(guest, values[1]):  # by far the most frequent
+        cpu.publish("tdcall", leaf=VP_VMCALL)
+        raise Vmcall
     (
         regs.rax, regs.rcx, regs.rdx, regs.rbx, regs.rsp, regs.rbp, regs.rsi, regs.rdi,
         regs.r8, regs.r9, regs.r10, regs.r11, regs.r12, regs.r13, regs.r14, regs.r15,
-    ) = cpu.gprs()  # fmt: skip
-    rax = regs.rax
+    ) = values  # fmt: skip
     leaf = rax & 0xFFFF
     cpu.publish("tdcall", leaf=leaf)
     mark = len(call.held)

@@ -11,7 +11,7 @@ from ..features import CTL_LOCK
 from ..registry import tdcall
 from ..transitions.guest import Guest, Vmcall
 
-__all__: list[str] = []
+__all__ = ["vmcall_allowed"]
 
 VEINFO_MAX_VERSION: Final = 2
 SYS_RD_AVAILABLE: Final = 1
@@ -30,11 +30,15 @@ def vp_vmcall(guest: Guest) -> int | None:
     Out, when the host enters the vCPU again: RAX success, the same registers from the host.
     OPERAND_INVALID RCX: another bit is set.
     """
-    control = guest.regs.rcx
+    if vmcall_allowed(guest, guest.regs.rcx):
+        raise Vmcall
+    raise LeafError(Status.OPERAND_INVALID, Operand.RCX)
+
+
+def vmcall_allowed(guest: Guest, control: int) -> bool:
+    """Whether RCX selects only registers that a VMCALL may pass."""
     forbidden = NEVER_PASSED | GPR_RBP if guest.keeps_rbp else NEVER_PASSED
-    if control & forbidden or control >> 32:
-        raise LeafError(Status.OPERAND_INVALID, Operand.RCX)
-    raise Vmcall
+    return not (control & forbidden or control >> 32)
 
 
 @tdcall(TdcallLeaf.VP_INFO)

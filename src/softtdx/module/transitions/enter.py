@@ -24,7 +24,7 @@ from softtdx.abi.status import HOST_RECOVERABILITY_HINT, Operand, Status
 from softtdx.hw.faults import VmFail
 from softtdx.hw.registers import GPR_NAMES, Registers
 
-from .. import tdcs, tdr, tdvps, vmcs
+from .. import tdr, tdvps, vmcs
 from ..context import Call
 from ..errors import LeafError
 from ..exits.dispatch import HANDLERS, unexpected
@@ -35,9 +35,10 @@ from ..locks import SHARED
 from ..td import LockId, check_op_state, open_td_of
 from . import stepping, xstate
 from .guest import Guest, Resume, TdExit, Vmcall
-from .leave import leave_async, leave_vmcall
+from .leave import DEBUG_AND_XCR0, leave_async, leave_vmcall, selected_registers
 from .lp import LpState, lp_state
 from .msrs import load_guest_msrs
+from .resident import Resident
 from .vcpu import Vcpu, flush_td_translations, lock_tdvpr
 
 __all__ = ["enter"]
@@ -60,6 +61,8 @@ IBPB: Final = 1
 DEBUGCTL_UNCORE_PMI: Final = 1 << 13
 FIXED_COUNTER_0: Final = 1 << 32
 SPEC_CTRL_DDPD_U: Final = 1 << 8
+MONITOR_MWAIT: Final = int(CpuidFlag.MONITOR_MWAIT)
+RAX, RCX = 0, 1
 ACTIVE: Final = int(VcpuState.ACTIVE)
 READY: Final = int(VcpuState.READY)
 EPT_VIOLATION: Final = int(ExitReason.EPT_VIOLATION)
@@ -83,37 +86,43 @@ def enter(call: Call) -> int:
     if operand & RESERVED:
         raise LeafError(Status.OPERAND_INVALID, Operand.RCX)
     pa = operand & TDVPR_MASK
-    tdvpr = lock_tdvpr(call, pa, SHARED)
-    td = open_td_of(call, tdvpr)
-    check_op_state(call, td, SeamcallLeaf.VP_ENTER, SHARED)
-    vcpu = Vcpu(call, td, pa)
-    newly_bound = vcpu.associate()
     lp = lp_state(call)
+    resident = lp.residents.get(pa)
+    if resident is not None and resident.lock(call):
+        guest = resident.guest
+        guest.begin()
+    else:
+        resident = None
+        tdvpr = lock_tdvpr(call, pa, SHARED)
+        td = open_td_of(call, tdvpr)
+        check_op_state(call, td, SeamcallLeaf.VP_ENTER, SHARED)
+        guest = Guest(call, td, Vcpu(call, td, pa))
+    vcpu = guest.vcpu
+    newly_bound = False
+    if guest.state != READY or guest.associated != cpu.apic_id or guest.last_module != call.g.seamdb_index:
+        newly_bound = vcpu.associate()
+    if resident is None:
+        lp.residents[pa] = Resident(call, tdvpr, guest)
     lp.load_vmcs(vcpu.vmcs)
-    try:
-        _check_vcpu(call, vcpu, operand, misc_enable)
-        vcpu.enter_epoch(newly_bound=newly_bound)
-        guest = Guest(call, td, vcpu)
-        refused = _check_stepping(guest)
-        if refused is not None:
-            return refused
-        return _run(guest, lp, operand)
-    finally:
-        lp.unload_vmcs()
+    _check_vcpu(guest, operand, misc_enable)
+    guest.epoch = vcpu.enter_epoch(guest.epoch, newly_bound=newly_bound)
+    refused = _check_stepping(guest)
+    if refused is not None:
+        return refused
+    return _run(guest, lp, operand)
 
 
-def _check_vcpu(call: Call, vcpu: Vcpu, operand: int, misc_enable: int) -> None:
-    cpu = call.cpu
-    platform = call.g.platform
-    if operand & HINT and vcpu.rd8(tdvps.LAST_TD_EXIT) != tdvps.LAST_EXIT_ASYNC_TRAP:
+def _check_vcpu(guest: Guest, operand: int, misc_enable: int) -> None:
+    cpu = guest.cpu
+    if operand & HINT and guest.last_exit != tdvps.LAST_EXIT_ASYNC_TRAP:
         raise LeafError(Status.OPERAND_INVALID, Operand.RCX)
-    if operand & RESUME_L1 and not vcpu.rd16(tdvps.CURR_VM):
+    if operand & RESUME_L1 and not guest.curr_vm:
         raise LeafError(Status.OPERAND_INVALID, Operand.RCX)
-    if cpu.rdmsr(TSC_ADJUST) != platform.msrs[TSC_ADJUST]:
+    if cpu.rdmsr(TSC_ADJUST) != guest.platform.msrs[TSC_ADJUST]:
         raise LeafError(Status.INCONSISTENT_MSR, TSC_ADJUST)
-    if cpu.rdtsc() - vcpu.rd64(tdvps.LAST_EXIT_TSC) & SIGN:
+    if cpu.rdtsc() - guest.last_exit_tsc & SIGN:
         raise LeafError(Status.TSC_ROLLBACK)
-    if vcpu.td.rd8(tdcs.CPUID_FLAGS + CpuidFlag.MONITOR_MWAIT) and not misc_enable & MISC_MONITOR:
+    if guest.flags[MONITOR_MWAIT] and not misc_enable & MISC_MONITOR:
         raise LeafError(Status.INCORRECT_MSR_VALUE, MISC_ENABLE)
 
 
@@ -122,10 +131,10 @@ def _check_stepping(guest: Guest) -> int | None:
     try:
         faulting = stepping.check_entry(guest)
     except LeafError:
-        guest.vcpu.leave_epoch()
+        guest.vcpu.leave_epoch(guest.epoch)
         raise
     if faulting is not None:
-        guest.vcpu.leave_epoch()
+        guest.vcpu.leave_epoch(guest.epoch)
         return _refuse_entry(guest, faulting)
     if stepping.wants_notification(guest):
         cpu = guest.cpu
@@ -185,7 +194,7 @@ def _restore_registers(guest: Guest, operand: int) -> None:
     cpu = guest.cpu
     vp = guest.vp
     cpu.load_gprs(vp + tdvps.GPR_RAX)
-    last = cpu.rd8(vp + tdvps.LAST_TD_EXIT)
+    last = guest.last_exit
     if last == tdvps.LAST_EXIT_TDVMCALL:
         _take_vmcall_results(guest)
     elif last == tdvps.LAST_EXIT_ASYNC_TRAP:
@@ -196,17 +205,15 @@ def _restore_registers(guest: Guest, operand: int) -> None:
 
 def _take_vmcall_results(guest: Guest) -> None:
     cpu = guest.cpu
-    values = list(cpu.gprs())
-    control = values[1]
-    host = guest.call.regs.values()
-    for index in range(2, 16):
-        if control >> index & 1:
-            values[index] = host[index]
-    values[0] = 0
-    cpu.set_gprs(tuple(values))
+    host = guest.call.regs
+    control = cpu.gpr(RCX)
+    set_gpr = cpu.set_gpr
+    for index, name in selected_registers(control & 0xFFFF):
+        set_gpr(index, getattr(host, name))
+    set_gpr(RAX, 0)
     xmm_select = control >> 16 & 0xFFFF
     if xmm_select:
-        _take_xmms(guest, xmm_select, guest.call.regs)
+        _take_xmms(guest, xmm_select, host)
 
 
 def _take_xmms(guest: Guest, select: int, regs: Registers) -> None:
@@ -238,10 +245,8 @@ def _restore_state(guest: Guest) -> None:
         xstate.restore(guest)
     except ValueError:
         raise _extended_state_failure() from None
-    words = memoryview(cpu.read(vp + tdvps.DR0, 56)).cast("Q")
-    core.dr = list(words[:5])
-    core.xcr0 = words[5]
-    core.cr2 = words[6]
+    *dr, core.xcr0, core.cr2 = DEBUG_AND_XCR0.unpack(cpu.read(vp + tdvps.DR0, DEBUG_AND_XCR0.size))
+    core.dr = dr
     core.wrmsr(XSS, cpu.rd64(vp + tdvps.IA32_XSS))
     if not guest.perfmon:
         cpu.vmwrite(vmcs.PERF_GLOBAL_CTRL, (core.rdmsr(PERF_GLOBAL_CTRL) or 0) | FIXED_COUNTER_0)

@@ -6,7 +6,7 @@ after it called `inject_*`, when the guest goes on with that exception. It raise
 """
 
 import struct
-from typing import Final, NoReturn
+from typing import Any, Final, NoReturn
 
 from softtdx.abi.exits import (
     BLOCKING_BY_MOV_SS,
@@ -44,6 +44,10 @@ _INTR_BLOCKING: Final = BLOCKING_BY_MOV_SS | BLOCKING_BY_STI
 _U64: Final = (1 << 64) - 1
 # EXIT_REASON, VALID, EXIT_QUALIFICATION, GLA, GPA, EPTP_INDEX, INSTRUCTION_LENGTH, INSTRUCTION_INFORMATION, VE_CATEGORY
 _VE_INFO: Final = struct.Struct("<IIQQQHxxIIB")
+# VCPU_STATE, LAST_TD_EXIT, ASSOC_LPID, VCPU_EPOCH, LAST_EXIT_TSC, PEND_NMI, LAST_EPF_GPA_LIST_IDX,
+# POSSIBLY_EPF_STEPPING, LAST_SEAMDB_INDEX, CURR_VM, VM_LAUNCHED
+_STATE: Final = struct.Struct("<BB198xI4xQ8xQB15xBB20xQHxxB")
+assert tdvps.VCPU_STATE + _STATE.size == tdvps.VM_LAUNCHED + 1
 
 
 NO_REASON: Final = -1  # TdExit.reason of an exit that no VM exit explains
@@ -110,18 +114,19 @@ class Guest:
 
     `regs` are the guest's general-purpose registers during a TDCALL; other handlers use `cpu.gpr` and `cpu.set_gpr`.
     `event` is the VM-entry interruption information prepared since the last exit, 0 for none; `version` that of the
-    TDCALL leaf; `bus_lock` says that an exit reported a preempted bus lock that the host has not been told of.
+    TDCALL leaf; `bus_lock` says that an exit reported a preempted bus lock that the host has not been told of;
+    `gprs` are the registers of the TDG.VP.VMCALL with which it leaves. One Guest serves many entries: see `begin`.
     """
 
     __slots__ = (
-        "attributes", "bus_lock", "call", "config_flags", "cpu", "debug", "event", "filtered", "flags", "g", "gpaw",
-        "launched",
-        "pend_nmi", "perfmon", "platform", "reason", "regs", "retired", "shared_bit", "stepping", "td", "tdc", "vcpu",
-        "version", "virt_maxpa", "vp", "xfam",
+        "associated", "attributes", "bus_lock", "call", "config_flags", "cpu", "curr_vm", "debug", "epoch", "event",
+        "filtered", "flags", "g", "gpaw", "gprs", "last_exit", "last_exit_tsc", "last_module", "launched", "pend_nmi",
+        "perfmon", "platform", "reason", "regs", "retired", "shared_bit", "state", "stepping", "switched_msrs", "td",
+        "tdc", "vcpu", "version", "virt_maxpa", "vp", "xfam", "xstate_area",
     )  # fmt: skip
 
     def __init__(self, call: Call, td: Td, vcpu: Vcpu) -> None:
-        """`vcpu` of `td` is about to be entered; its VMCS is current."""
+        """`vcpu` of `td` is about to be entered."""
         cpu = call.cpu
         self.call = call
         self.cpu = cpu
@@ -141,15 +146,29 @@ class Guest:
         self.debug = bool(attributes & ATTR_DEBUG)
         self.perfmon = bool(attributes & ATTR_PERFMON)
         self.filtered = self.perfmon and bool(td.rd16(tdcs.EVENT_FILTERS_NUM))
-        self.launched = bool(cpu.rd8(vcpu.p0 + tdvps.VM_LAUNCHED))
         self.regs = Registers()
+        self.gprs: tuple[int, ...] = ()
+        self.version = 0
+        self.switched_msrs: Any = None  # of `transitions.msrs`
+        self.xstate_area: Any = None  # of `transitions.xstate`
+        self.stepping = Stepping()
+        self.begin()
+
+    def begin(self) -> None:
+        """A new entry: what the TDVPS says of the vCPU now, and nothing left of the entry before."""
+        epf = self.stepping
+        (
+            self.state, self.last_exit, self.associated, self.epoch, self.last_exit_tsc, pend_nmi, epf.epf_gpas,
+            epf.epf_count, self.last_module, self.curr_vm, launched,
+        ) = _STATE.unpack(self.cpu.read(self.vp + tdvps.VCPU_STATE, _STATE.size))  # fmt: skip
+        self.launched = launched != 0
+        self.pend_nmi = pend_nmi != 0
         self.event = 0
         self.reason = 0
         self.bus_lock = False
-        self.version = 0
-        self.pend_nmi = bool(cpu.rd8(vcpu.p0 + tdvps.PEND_NMI))
         self.retired = 0  # instructions that the module completed for the guest since the entry
-        self.stepping = Stepping()
+        epf.active = epf.nmi = epf.init = epf.interrupt = False
+        epf.steps = 0
 
     @property
     def keeps_rbp(self) -> bool:

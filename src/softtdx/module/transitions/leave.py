@@ -6,12 +6,14 @@ the registers that the mask selects, the others 0. RBP stays the host's under CO
 "TDH.VP.ENTER"; Base Spec, "TD Exit").
 """
 
+import struct
+from functools import lru_cache
 from typing import Final
 
 from softtdx.abi.exits import EXIT_BUS_LOCK_PREEMPTED, ExitReason
 from softtdx.abi.opstate import VcpuState
 from softtdx.abi.status import FATAL, HOST_RECOVERABILITY_HINT, NON_RECOVERABLE, Status
-from softtdx.hw.registers import GPR_NAMES
+from softtdx.hw.registers import GPR_NAMES, Registers
 
 from .. import tdcs, tdr, tdvps, vmcs
 from ..features import VM_HINT_VINTR_IN_SERVICE, VM_HINT_VINTR_PENDING, VM_HINT_VNMI_PENDING, XFAM_SSE
@@ -19,7 +21,7 @@ from . import xstate
 from .guest import NO_REASON, Guest, TdExit
 from .msrs import HostMsrs, save_guest_msrs, scrub_msrs
 
-__all__ = ["leave_async", "leave_vmcall"]
+__all__ = ["DEBUG_AND_XCR0", "leave_async", "leave_vmcall", "selected_registers"]
 
 READY: Final = int(VcpuState.READY)
 DISABLED: Final = int(VcpuState.DISABLED)
@@ -30,7 +32,6 @@ TDCALL: Final = int(ExitReason.TDCALL)
 DR_RESET: Final = (0, 0, 0, 0, 0xFFFF_0FF0)
 QUALIFICATION_VM: Final = 3 << 32  # which VM exited: 0, the TD itself
 IMMEDIATE_RESUME_HINT: Final = 1 << 63
-RBP: Final = 5
 FIRST_PASSED: Final = 2  # RAX and RCX are the call's own
 PPR: Final = 0xA0  # in the virtual-APIC page
 HIGHEST_RESERVED_VECTOR: Final = 30
@@ -38,6 +39,7 @@ DETAIL_VINTR_PENDING: Final = 1 << 0  # VCPU_STATE_DETAILS
 DETAIL_VINTR_IN_SERVICE: Final = 1 << 4
 DETAIL_VNMI_PENDING: Final = 1 << 8
 XMM_COUNT: Final = 16
+DEBUG_AND_XCR0: Final = struct.Struct("<7Q")  # DR0..DR3, DR6, XCR0, CR2 lie together
 
 
 def leave_async(guest: Guest, stop: TdExit, host: HostMsrs) -> int:
@@ -56,24 +58,35 @@ def leave_async(guest: Guest, stop: TdExit, host: HostMsrs) -> int:
             qualification |= IMMEDIATE_RESUME_HINT
         _save(guest, host, state, last, trap=bool(case & HOST_RECOVERABILITY_HINT))
     _scrub(guest, host)
-    for name in GPR_NAMES:
-        if name != "rsp" and not (name == "rbp" and guest.keeps_rbp):
-            setattr(regs, name, 0)
+    _clear(guest, regs)
     regs.rcx = qualification
     regs.rdx = stop.extended
     regs.r8 = stop.gpa
     regs.r9 = stop.interruption
-    regs.clear_xmm()
     guest.cpu.publish("td_exit", reason=reason & 0xFFFF)
     return case | reason & 0xFFFF_FFFF
 
 
+@lru_cache(64)
+def selected_registers(control: int) -> tuple[tuple[int, str], ...]:
+    """(number, name) of the registers that bits 15:0 of a VMCALL's RCX select."""
+    return tuple((index, GPR_NAMES[index]) for index in range(FIRST_PASSED, 16) if control >> index & 1)
+
+
+def _clear(guest: Guest, regs: Registers) -> None:
+    """Nothing of the host's own, nor of the guest's: all but RSP, and RBP if the TD never changes it."""
+    if not guest.keeps_rbp:
+        regs.rbp = 0
+    regs.rcx = regs.rdx = regs.rbx = regs.rsi = regs.rdi = 0
+    regs.r8 = regs.r9 = regs.r10 = regs.r11 = regs.r12 = regs.r13 = regs.r14 = regs.r15 = 0
+    regs.clear_xmm()
+
+
 def _next_state(guest: Guest, case: int) -> tuple[int, int]:
     """(VCPU_STATE, LAST_TD_EXIT)."""
-    vcpu = guest.vcpu
-    last = vcpu.rd8(tdvps.LAST_TD_EXIT)
+    last = guest.last_exit
     if case & FATAL:
-        return vcpu.rd8(tdvps.VCPU_STATE), last
+        return guest.vcpu.rd8(tdvps.VCPU_STATE), last
     if case & NON_RECOVERABLE:
         return DISABLED, last
     return READY, tdvps.LAST_EXIT_ASYNC_TRAP if case & HOST_RECOVERABILITY_HINT else tdvps.LAST_EXIT_ASYNC_FAULT
@@ -82,7 +95,7 @@ def _next_state(guest: Guest, case: int) -> tuple[int, int]:
 def leave_vmcall(guest: Guest, host: HostMsrs) -> int:
     """TDG.VP.VMCALL: the vCPU leaves behind its TDCALL with the registers it chose; returns RAX."""
     cpu = guest.cpu
-    values = cpu.gprs()
+    values = guest.gprs
     control = values[1]
     xmm_select = control >> 16 & 0xFFFF
     passed = [(index, cpu.xmm(index)) for index in range(XMM_COUNT) if xmm_select >> index & 1] if xmm_select else ()
@@ -90,14 +103,10 @@ def leave_vmcall(guest: Guest, host: HostMsrs) -> int:
     _save(guest, host, READY, tdvps.LAST_EXIT_TDVMCALL, trap=True)
     _scrub(guest, host)
     regs = guest.call.regs
+    _clear(guest, regs)
     regs.rcx = control & 0xFFFF_FFFF | (IMMEDIATE_RESUME_HINT if hint else 0)
-    keeps_rbp = guest.keeps_rbp
-    for index in range(FIRST_PASSED, 16):
-        if control >> index & 1:
-            setattr(regs, GPR_NAMES[index], values[index])
-        elif index != 4 and not (index == RBP and keeps_rbp):
-            setattr(regs, GPR_NAMES[index], 0)
-    regs.clear_xmm()
+    for index, name in selected_registers(control & 0xFFFF):
+        setattr(regs, name, values[index])
     for index, value in passed:
         regs.xmm[index] = value
     cpu.publish("td_exit", reason=TDCALL)
@@ -137,8 +146,7 @@ def _save(guest: Guest, host: HostMsrs, state: int, last_exit: int, *, trap: boo
     cpu.store_gprs(vp + tdvps.GPR_RAX)
     cpu.wr64(vp + tdvps.GPR_RSP_PLACEHOLDER, 0)
     dr = core.dr
-    words = (*dr, core.xcr0, core.cr2)  # DR0..DR3, DR6, XCR0, CR2 lie together
-    cpu.write(vp + tdvps.DR0, b"".join([word.to_bytes(8, "little") for word in words]))
+    cpu.write(vp + tdvps.DR0, DEBUG_AND_XCR0.pack(*dr, core.xcr0, core.cr2))
     cpu.wr64(vp + tdvps.LAST_EXIT_TSC, cpu.rdtsc())
     cpu.wr8(vp + tdvps.VM_LAUNCHED, guest.launched)
     cpu.wr8(vp + tdvps.VCPU_STATE, state)
@@ -146,7 +154,7 @@ def _save(guest: Guest, host: HostMsrs, state: int, last_exit: int, *, trap: boo
     xstate.save(guest)
     if trap:
         guest.advance_rip()
-    guest.vcpu.leave_epoch()
+    guest.vcpu.leave_epoch(guest.epoch)
 
 
 def _scrub(guest: Guest, host: HostMsrs) -> None:

@@ -2,52 +2,40 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Final
-
-from softtdx.abi.msrs import Msr
+from typing import TYPE_CHECKING
 
 from ..context import Call
 
-__all__ = ["LpState", "lp_state"]
+if TYPE_CHECKING:
+    from .resident import Resident
 
-NO_VMCS: Final = (1 << 64) - 1
-PAGE: Final = 4096
-REVISION_MASK: Final = 0x7FFF_FFFF
+__all__ = ["LpState", "lp_state"]
 
 
 class LpState:
-    """Per-LP data: `last_tdvpr` is the vCPU that ran here last, 0 for none."""
+    """Per-LP data: `last_tdvpr` is the vCPU that ran here last, 0 for none; `residents` those known here.
 
-    __slots__ = ("_cpu", "_host_vmcs", "_seam_vmcs", "last_tdvpr")
+    The VMCS that is current in SEAM root mode stays so between calls, until TDH.VP.FLUSH clears it: no other processor
+    may have it meanwhile.
+    """
+
+    __slots__ = ("_cpu", "last_tdvpr", "residents")
 
     def __init__(self, call: Call) -> None:
         """A processor on which no vCPU has run."""
-        cpu = call.cpu
-        self._cpu = cpu
-        self._host_vmcs = NO_VMCS
-        self._seam_vmcs = call.g.seamrr[0] + PAGE * (cpu.apic_id + 1)
+        self._cpu = call.cpu
         self.last_tdvpr = 0
-        revision = call.g.platform.msrs[Msr.VMX_BASIC] & REVISION_MASK
-        if cpu.rd32(self._seam_vmcs) != revision:
-            cpu.wr32(self._seam_vmcs, revision)
+        self.residents: dict[int, Resident] = {}  # by TDVPR
 
     def load_vmcs(self, region: int) -> None:
-        """VMPTRLD of a TD VMCS; `unload_vmcs` must follow."""
-        self._host_vmcs = self._cpu.core.vmptrst()
+        """VMPTRLD of a TD VMCS."""
         self._cpu.vmptrld(region)
-
-    def unload_vmcs(self) -> None:
-        """Back to the VMCS that was current, or this processor's SEAM transfer VMCS when the host had none."""
-        self._cpu.vmptrld(self._seam_vmcs if self._host_vmcs == NO_VMCS else self._host_vmcs)
 
     @contextmanager
     def td_vmcs(self, region: int) -> Iterator[None]:
         """A TD VMCS is current within the block."""
-        self.load_vmcs(region)
-        try:
-            yield
-        finally:
-            self.unload_vmcs()
+        self._cpu.vmptrld(region)
+        yield
 
     def clear_vmcs(self, region: int) -> None:
         """VMCLEAR: write back and forget."""

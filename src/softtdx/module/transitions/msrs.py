@@ -95,7 +95,10 @@ def load_guest_msrs(guest: Guest) -> HostMsrs:
     if not guest.flags[CpuidFlag.TSX] and guest.platform.msrs[Msr.ARCH_CAPABILITIES] & ARCH_CAP_TSX_CTRL:
         tsx = rdmsr(TSX_CTRL) or 0
         wrmsr(TSX_CTRL, TSX_DISABLED)
-    host = HostMsrs(rdmsr(SPEC_CTRL) or 0, rdmsr(DS_AREA) or 0, tsx, _optional(guest))
+    optional: tuple[_Switched, ...] | None = guest.switched_msrs
+    if optional is None:
+        optional = guest.switched_msrs = _optional(guest)
+    host = HostMsrs(rdmsr(SPEC_CTRL) or 0, rdmsr(DS_AREA) or 0, tsx, optional)
     wrmsr(DS_AREA, rd64(vp + tdvps.IA32_DS_AREA))
     wrmsr(UARCH_MISC_CTL, rd64(vp + tdvps.IA32_UARCH_MISC_CTL))
     star, lstar, fmask, kernel_gs, tsc_aux = _SYSCALL.unpack(guest.cpu.read(vp + tdvps.IA32_STAR, 40))

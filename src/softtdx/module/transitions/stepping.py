@@ -71,8 +71,7 @@ def check_entry(guest: Guest) -> int | None:
     cpu = guest.cpu
     stepping = guest.stepping
     stepping.entry_rip = cpu.vmread(vmcs.RIP)
-    stepping.epf_gpas = count = cpu.rd8(guest.vp + tdvps.LAST_EPF_GPA_LIST_IDX)
-    stepping.epf_count = cpu.rd8(guest.vp + tdvps.POSSIBLY_EPF_STEPPING)
+    count = stepping.epf_gpas
     if not count:
         return None
     guest.td.lock(LockId.SEPT, SHARED, Operand.SEPT_TREE)

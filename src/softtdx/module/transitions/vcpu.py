@@ -14,7 +14,7 @@ from .. import tdcs, tdvps
 from ..atomics import add16, add32
 from ..context import Call
 from ..errors import LeafError
-from ..locks import SHARED
+from ..locks import HELD, HOST_PRIORITY
 from ..pamt import PageType, PamtPage, lock_page
 from ..td import LockId, Td
 
@@ -152,24 +152,27 @@ class Vcpu:
             self._cpu.write(at, index.to_bytes(8, "little"))
 
     # --- TLB tracking
-    def enter_epoch(self, *, newly_bound: bool) -> None:
-        """Join the current TD epoch, and forget translations of an older one. LeafError OPERAND_BUSY (TD_EPOCH)."""
+    def enter_epoch(self, last: int, *, newly_bound: bool) -> int:
+        """Join the current TD epoch, and forget translations of the `last` one; returns it.
+
+        LeafError OPERAND_BUSY (TD_EPOCH). The epoch lock is held for so short that nobody can see it.
+        """
         td = self.td
-        td.lock(LockId.EPOCH, SHARED, Operand.TD_EPOCH)
-        epoch = td.rd64(tdcs.TD_EPOCH)
-        add16(self._cpu, td.p0 + tdcs.REFCOUNT + 2 * (epoch & 1), 1)
-        td.unlock(LockId.EPOCH, SHARED)
-        if epoch != self.rd64(tdvps.VCPU_EPOCH):
+        locks = td.call.locks
+        key = td.pa | LockId.EPOCH
+        with locks.mutex:
+            held = locks.state.get(key, 0)
+            if held & HELD:
+                locks.state[key] = held | HOST_PRIORITY
+                raise LeafError(Status.OPERAND_BUSY, Operand.TD_EPOCH)
+            epoch = td.rd64(tdcs.TD_EPOCH)
+            add16(self._cpu, td.p0 + tdcs.REFCOUNT + 2 * (epoch & 1), 1)
+        if epoch != last:
             if not newly_bound:
                 flush_td_translations(td)
             self.wr64(tdvps.VCPU_EPOCH, epoch)
+        return epoch
 
-    def leave_epoch(self) -> None:
+    def leave_epoch(self, epoch: int) -> None:
         """The vCPU does not run any more: TDH.MEM.TRACK need not wait for it."""
-        epoch = self.rd64(tdvps.VCPU_EPOCH)
         add16(self._cpu, self.td.p0 + tdcs.REFCOUNT + 2 * (epoch & 1), -1)
-
-    # --- TD VMCS
-    def load_vmcs(self) -> None:
-        """Make the TD VMCS this processor's current VMCS; `unload_vmcs` must follow before the leaf is over."""
-        self._cpu.vmptrld(self.vmcs)

@@ -5,7 +5,7 @@ page is used in place, a larger one goes through a buffer of the module's own.
 """
 
 import struct
-from typing import Final
+from typing import Final, NamedTuple
 
 from .. import tdcs, tdvps
 from .guest import Guest
@@ -22,7 +22,8 @@ _ZERO: Final = bytes(48)
 
 def header_is_valid(guest: Guest) -> bool:
     """Whether XRSTORS would accept the header (SDM vol. 1, 13.12)."""
-    raw = guest.vcpu.read(tdvps.XBUFF + HEADER_AT, _HEADER.size)
+    area = _area(guest)
+    raw = guest.cpu.read((area.place or area.pages[0]) + HEADER_AT, _HEADER.size)
     state, components, reserved = _HEADER.unpack(raw)
     return bool(
         components & COMPACTED
@@ -34,40 +35,44 @@ def header_is_valid(guest: Guest) -> bool:
 
 def restore(guest: Guest) -> None:
     """XRSTORS of the guest's state. ValueError: the processor refused it (#GP)."""
-    area = _in_place(guest)
-    if area is None:
-        area = _bounce(guest)
-        for index, page in enumerate(_pages(guest)):
-            guest.cpu.copy_page(area + PAGE * index, page)
-    guest.cpu.xrstor(area, guest.xfam)
+    area = _area(guest)
+    place = area.place
+    if place is None:
+        place = area.bounce
+        for index, page in enumerate(area.pages):
+            guest.cpu.copy_page(place + PAGE * index, page)
+    guest.cpu.xrstor(place, guest.xfam)
 
 
 def save(guest: Guest) -> None:
     """XSAVES of the guest's state."""
-    area = _in_place(guest)
-    if area is not None:
-        guest.cpu.xsave(area, guest.xfam)
+    area = _area(guest)
+    if area.place is not None:
+        guest.cpu.xsave(area.place, guest.xfam)
         return
-    area = _bounce(guest)
-    guest.cpu.xsave(area, guest.xfam)
-    for index, page in enumerate(_pages(guest)):
-        guest.cpu.copy_page(page, area + PAGE * index)
-    guest.cpu.zero_page(area, IMAGE_PAGES)
+    bounce = area.bounce
+    guest.cpu.xsave(bounce, guest.xfam)
+    for index, page in enumerate(area.pages):
+        guest.cpu.copy_page(page, bounce + PAGE * index)
+    guest.cpu.zero_page(bounce, IMAGE_PAGES)
 
 
-def _pages(guest: Guest) -> tuple[int, ...]:
-    first = tdvps.XBUFF >> 12
-    return tuple(guest.vcpu.pages[first : first + IMAGE_PAGES])
+class _Area(NamedTuple):
+    """Where the image is: in the TDVPS's `pages`, of use to the processor at `place` or by the buffer `bounce`."""
+
+    pages: tuple[int, ...]
+    place: int | None
+    bounce: int  # this processor's, at the top of SEAMRR
 
 
-def _in_place(guest: Guest) -> int | None:
-    first, second, third = _pages(guest)
-    if third - first == 2 * PAGE and second - first == PAGE:
-        return first
-    return first if guest.td.rd32(tdcs.XBUFF_SIZE) <= PAGE else None
-
-
-def _bounce(guest: Guest) -> int:
-    """The buffer of this processor, at the top of SEAMRR."""
-    base, size = guest.g.seamrr
-    return base + size - IMAGE_PAGES * PAGE * (guest.cpu.apic_id + 1)
+def _area(guest: Guest) -> _Area:
+    area: _Area | None = guest.xstate_area
+    if area is None:
+        first = tdvps.XBUFF >> 12
+        pages = tuple(guest.vcpu.pages[first : first + IMAGE_PAGES])
+        in_a_row = pages == tuple(range(pages[0], pages[0] + IMAGE_PAGES * PAGE, PAGE))
+        place = pages[0] if in_a_row or guest.td.rd32(tdcs.XBUFF_SIZE) <= PAGE else None
+        base, size = guest.g.seamrr
+        bounce = base + size - IMAGE_PAGES * PAGE * (guest.cpu.apic_id + 1)
+        area = guest.xstate_area = _Area(pages, place, bounce)
+    return area

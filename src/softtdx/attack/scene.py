@@ -1,0 +1,152 @@
+"""The machine under attack: a victim that holds a secret in its memory, and what an attacker can reach.
+
+The victim is a Python guest: its loads and stores go through the interpreter, the page tables and the encryption
+engine like those of any guest. The attacker acts between two of its instructions, from another processor.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from types import TracebackType
+
+from softtdx._silicon import Memory
+from softtdx.attack.lab import Observation, Outcome, Side
+from softtdx.hw import PlatformDescription, preset
+from softtdx.kvm import Host
+from softtdx.kvm.memory import PAGE
+from softtdx.kvm.tdx import TdxVm
+from softtdx.vmm import GuestError, MachineConfig
+from softtdx.vmm.boot import boot_host
+from softtdx.vmm.python_guest import PythonGuest, Td
+
+__all__ = ["LINE", "PAGE", "SECRET", "SECRET_GPA", "SPARE_GPA", "Scene", "Seen", "Victim"]
+
+LINE = 64
+SECRET_GPA = 0x40_000
+SPARE_GPA = 0x50_000
+SECRET = hashlib.shake_256(b"what only the guest knows").digest(PAGE)
+_MEMORY = 1 << 20
+_ENOUGH = 16  # bytes of the secret in a row: by chance they occur nowhere
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What an attacker came away with: bytes he could read, and a line on how it went."""
+
+    learned: bytes = b""
+    note: str = ""
+
+    @property
+    def has_secret(self) -> bool:
+        """Whether a piece of the secret is among what he learned."""
+        return any(SECRET[i : i + _ENOUGH] in self.learned for i in range(0, PAGE, _ENOUGH))
+
+
+class Victim:
+    """A guest with the secret at SECRET_GPA, stopped between two instructions."""
+
+    def __init__(self, guest: PythonGuest, td: Td) -> None:
+        """Accepts (in a TD) and fills its page."""
+        self.machine = guest.machine
+        self.td = td
+        self.touch(SECRET_GPA)
+        td.write(SECRET_GPA, SECRET)
+
+    def touch(self, gpa: int) -> None:
+        """Have a page mapped and zero."""
+        if self.td.is_td:
+            if self.td.accept(gpa):
+                raise GuestError(f"the victim cannot accept its page {gpa:#x}")
+        else:
+            self.td.store(gpa, 0)
+
+    def pa(self, gpa: int = SECRET_GPA) -> int:
+        """The DRAM address behind a page, which the host knows: it gave the page."""
+        vm, offset = self.machine.vm, gpa % PAGE
+        if isinstance(vm.ops, TdxVm):
+            mapping = vm.ops.secure.lookup(gpa)
+            assert mapping is not None
+            return mapping.hpa + gpa % mapping.size
+        slot = vm.memslots.find(gpa)
+        assert slot is not None
+        return self.machine.kvm.mm.get_page(slot.hva(gpa)) + offset
+
+    def tdx(self) -> TdxVm:
+        """KVM's side of the TD."""
+        assert isinstance(self.machine.vm.ops, TdxVm)
+        return self.machine.vm.ops
+
+
+class Scene:
+    """One side of an attack. Use it in a with statement.
+
+    Protected: a TD on a platform with cryptographic integrity. Unprotected: an ordinary VM on a platform without
+    integrity; an attack on the DIMMs sets `bare_dram` first, which switches total memory encryption off there too.
+    """
+
+    def __init__(self, side: Side) -> None:
+        """Nothing is built before `host` is asked for."""
+        self.side = side
+        self.bare_dram = False
+        self._host: Host | None = None
+
+    def __enter__(self) -> "Scene":
+        """Itself."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        """Forget the machine."""
+        self._host = None
+
+    @property
+    def protected(self) -> bool:
+        """Whether this is the protected side."""
+        return self.side is Side.PROTECTED
+
+    @property
+    def description(self) -> PlatformDescription:
+        """The machine of this side."""
+        d = preset("spr")
+        return d if self.protected else replace(d, integrity="none", tme=not self.bare_dram)
+
+    @property
+    def host(self) -> Host:
+        """The booted host, which the attacker owns."""
+        if self._host is None:
+            self._host = boot_host(self.description, tdx=self.protected)
+        return self._host
+
+    @property
+    def memory(self) -> Memory:
+        """DRAM: `read` and `write` as the host's software, `raw_*` as a probe on the bus."""
+        return self.host.platform.memory
+
+    def under_attack(self, act: Callable[[Victim], Seen]) -> Observation:
+        """Start a victim, let `act` happen between two of its instructions, then let it read its secret."""
+        seen, view = Seen(), b""
+
+        def program(td: Td) -> None:
+            nonlocal seen, view
+            seen = act(Victim(guest, td))
+            view = td.read(SECRET_GPA, PAGE)
+
+        death = ""
+        with PythonGuest(self.host, program, MachineConfig(memory=_MEMORY, vm=not self.protected)) as guest:
+            try:
+                guest.run()
+            except GuestError as error:
+                death = str(error)
+        return judge(seen, view, death)
+
+
+def judge(seen: Seen, view: bytes, death: str) -> Observation:
+    """The outcome: a leak counts before everything, then the victim's death, then what it read."""
+    if seen.has_secret:
+        return Observation(Outcome.LEAKED, f"the attacker read {SECRET[:8].hex()}…; {seen.note}".rstrip("; "))
+    if death:
+        return Observation(Outcome.DETECTED, f"{death} ({seen.note})" if seen.note else death)
+    if view != SECRET:
+        at = next(i for i in range(PAGE) if view[i : i + 1] != SECRET[i : i + 1])
+        found = view[at : at + 8].hex()
+        return Observation(Outcome.CORRUPTED, f"the victim read {found}… at offset {at}; {seen.note}".rstrip("; "))
+    return Observation(Outcome.STOPPED, seen.note or "nothing was read, nothing changed")

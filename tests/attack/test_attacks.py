@@ -1,0 +1,53 @@
+"""Every attack ends as its page says, on a TD and where the protection is missing."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from softtdx.attack import Outcome, all_attacks, find, run_attack
+from softtdx.attack.lab import Side
+from softtdx.cli.attack import attack as command
+from softtdx.errors import SoftTdxError
+
+
+@pytest.mark.parametrize("chosen", all_attacks(), ids=lambda a: a.name)
+def test_the_attack_ends_as_its_page_says(chosen):
+    report = run_attack(chosen)
+    protected, unprotected = report.sides
+    assert (protected.side, unprotected.side) == (Side.PROTECTED, Side.UNPROTECTED)
+    assert protected.outcome is chosen.expected, protected.evidence
+    assert unprotected.outcome.attacker_won, unprotected.evidence
+
+
+def test_only_known_limits_of_the_real_scheme_let_the_attacker_win():
+    assert [a.name for a in all_attacks() if a.expected.attacker_won] == ["replay"]
+
+
+def test_every_attack_has_a_page():
+    for chosen in all_attacks():
+        assert len(chosen.page) > 40, chosen.name
+        assert chosen.promise.endswith("."), chosen.name
+
+
+def test_an_unknown_attack_names_near_ones():
+    with pytest.raises(SoftTdxError, match="host-read"):
+        find("host-reed")
+
+
+def test_a_run_reports_as_json_and_as_a_page(tmp_path):
+    page = tmp_path / "report.html"
+    result = CliRunner().invoke(command, ["run", "host-read", "--json", "--report", str(page)], standalone_mode=False)
+    assert result.return_value == 0
+    (report,) = json.loads(result.stdout)
+    assert report["holds"] is True
+    assert report["protected"]["outcome"] == Outcome.STOPPED.value
+    assert report["unprotected"]["outcome"] == Outcome.LEAKED.value
+    assert "The host reads a private page" in page.read_text()
+
+
+def test_the_list_and_a_page_can_be_read_as_json():
+    listed = json.loads(CliRunner().invoke(command, ["list", "--json"]).stdout)
+    assert [a["name"] for a in listed] == [a.name for a in all_attacks()]
+    shown = json.loads(CliRunner().invoke(command, ["show", "replay", "--json"]).stdout)
+    assert shown["protected"] == "corrupted"
