@@ -289,8 +289,13 @@ pub fn store_bytes(
 ) -> Result<(), crate::cpu::state::Stop> {
     let at = cpu.ea(u)?;
     let wanted = |n: &usize| mask[*n] & 0x80 != 0;
-    for n in (0..value.len()).filter(wanted) {
-        cpu.check_write(at.wrapping_add(n as u64), 1)?;
+    // A page is touched if any of its bytes is; the fault's address is where the operand enters it.
+    let in_page = (0x1000 - (at & 0xfff)) as usize;
+    let split = in_page.min(value.len());
+    for part in [0..split, split..value.len()] {
+        if part.clone().any(|n| wanted(&n)) {
+            cpu.check_write(at.wrapping_add(part.start as u64), 1)?;
+        }
     }
     for n in (0..value.len()).filter(wanted) {
         cpu.store::<u8>(at.wrapping_add(n as u64), value[n])?;
