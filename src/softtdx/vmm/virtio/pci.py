@@ -16,6 +16,7 @@ _COMMON, _NOTIFY, _ISR, _DEVICE = 1, 2, 3, 4
 _COMMON_AT, _ISR_AT, _DEVICE_AT, _NOTIFY_AT, _TABLE_AT, _PENDING_AT = range(0, 0x6000, 0x1000)
 _BAR_SIZE = 0x8000
 _COMMON_SIZE, _PAGE = 56, 0x1000
+_FIELD_SIZE = {0: 4, 8: 4, 12: 4, 16: 2, 20: 1, 22: 2, 24: 2, 26: 2, 28: 2}  # of what a driver writes there
 _NOTIFY_MULTIPLIER = 4
 _NO_VECTOR = 0xFFFF
 _DRIVER_OK, _FEATURES_OK, _NEEDS_RESET = 4, 8, 64
@@ -140,6 +141,7 @@ class VirtioPci(PciDevice):
 
     def _write_common(self, at: int, value: int, size: int) -> None:
         queue = self._queue()
+        value &= (1 << 8 * _FIELD_SIZE.get(at, size)) - 1
         if at == 0:
             self._feature_select = value
         elif at == 8:

@@ -1,0 +1,131 @@
+"""Debian's own kernel, as it comes from the package: in a TD, and in an ordinary VM."""
+
+import base64
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from linux_guest import boot
+
+from softtdx.abi.structs import TdReport
+from softtdx.attest.dcap import verify_with_dcap_qvl
+from softtdx.attest.eventlog import EventLog
+from softtdx.attest.measure import LinuxBoot, linux_boot_log
+from softtdx.attest.quote import Quote
+from softtdx.hw.seamops import SeamOpsStatus
+
+COMPLAINTS = re.compile(r"unexpected #VE|oops|BUG:|WARNING:|Call Trace|unchecked MSR|panic", re.IGNORECASE)
+SCRIPT = """
+echo '<dmesg>'; dmesg; echo '</dmesg>'
+mkdir /sys/kernel/config/tsm/report/q
+head -c 64 /dev/zero | tr '\\0' A > /sys/kernel/config/tsm/report/q/inblob
+echo provider=$(cat /sys/kernel/config/tsm/report/q/provider)
+echo quote=$(base64 -w0 /sys/kernel/config/tsm/report/q/outblob)
+echo log=$(base64 -w0 /sys/firmware/acpi/tables/data/CCEL)
+[ -x /root/report ] && echo report=$(/root/report)
+echo nproc=$(nproc)
+exit 7
+"""
+
+
+@pytest.fixture(scope="module")
+def report_program(tmp_path_factory):
+    """A static program for the guest, or None where the compiler cannot make one."""
+    compiler = shutil.which("cc")
+    target = tmp_path_factory.mktemp("guest") / "report"
+    command = [compiler, "-static", "-O2", "-o", str(target), str(Path(__file__).with_name("guest_report.c"))]
+    if compiler is None or subprocess.run(command, check=False, capture_output=True).returncode:
+        return None
+    return target
+
+
+@pytest.fixture(scope="module")
+def td(report_program):
+    files = {"root/report": report_program} if report_program else None
+    return boot(SCRIPT, files=files)
+
+
+def field(done, name):
+    return re.search(rf"^{name}=(.*)$", done.text, re.MULTILINE)[1]
+
+
+def dmesg(done):
+    return done.text.partition("<dmesg>")[2].partition("</dmesg>")[0]
+
+
+def test_linux_in_a_td_knows_where_it_is_and_complains_of_nothing(td):
+    assert td.report["userspace"]
+    assert "tdx: Guest detected" in dmesg(td)
+    assert "Memory Encryption Features active: Intel TDX" in dmesg(td)
+    assert not COMPLAINTS.search(dmesg(td))
+
+
+def test_the_guest_commands_status_becomes_the_machines(td):
+    assert td.result.status == 7
+    assert td.report["guest_status"] == 7
+    assert not td.result.ok
+
+
+def test_the_report_counts_what_happened(td):
+    report = td.report
+    assert report["guest_instructions"] > 500_000_000
+    assert report["tdcalls"]["MEM_PAGE_ACCEPT"] >= 256
+    assert report["tdcalls"]["MR_RTMR_EXTEND"] == 8
+    assert report["ve"]["IO_INSTRUCTION"] > 0
+    assert report["ve"]["CPUID"] > 0
+    assert report["td_exits"]["TDVMCALL"] == report["tdcalls"]["VP_VMCALL"]
+
+
+def test_the_quote_that_the_guest_took_is_accepted(td):
+    quote = base64.b64decode(field(td, "quote"))
+    assert field(td, "provider") == "tdx_guest"
+    assert verify_with_dcap_qvl(quote, td.quoting.pki).status == "UpToDate"
+    body = Quote.parse(quote).body
+    assert body.report_data == b"A" * 64
+    assert body.mr_td.hex() == td.report["mrtd"]
+    assert [value.hex() for value in body.rtmrs] == td.report["rtmrs"]
+
+
+def test_the_event_log_explains_the_rtmrs_of_the_quote(td):
+    log = EventLog.parse(base64.b64decode(field(td, "log")))
+    rtmrs = Quote.parse(base64.b64decode(field(td, "quote"))).body.rtmrs
+    assert log.replay(rtmrs).ok
+    assert rtmrs[3] == bytes(48)
+    assert len({*rtmrs}) == 4
+
+
+def test_the_rtmrs_are_those_computed_ahead_of_time(td):
+    expected = linux_boot_log(LinuxBoot(td.kernel, td.command_line, td.initrd)).rtmrs()
+    assert [value.hex() for value in expected[1:]] == td.report["rtmrs"][1:]
+
+
+def test_a_tdreport_from_the_device_file_has_a_mac_that_verifies(td, report_program):
+    if report_program is None:
+        pytest.skip("the compiler makes no static programs")
+    raw = bytes.fromhex(field(td, "report"))
+    seamops = td.machine.host.platform.seamops
+    assert seamops.verify(raw[:256]) is SeamOpsStatus.SUCCESS
+    assert seamops.verify(raw[:130] + b"\xff" + raw[131:256]) is not SeamOpsStatus.SUCCESS
+    assert TdReport.parse(raw).report_mac.report_data == bytes(range(64))
+
+
+def test_two_vcpus_of_an_ordinary_vm_reach_userspace():
+    done = boot("nproc; dmesg", vm=True, vcpus=2)
+    assert done.report["userspace"]
+    assert done.result.status == 0
+    assert done.text.startswith("2\n")
+    assert "smp: Brought up 1 node, 2 CPUs" in done.text
+    assert not COMPLAINTS.search(done.text)
+    assert done.report["mrtd"] is None
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("vcpus", [1, 2])
+def test_ten_boots_in_a_row_reach_userspace(vcpus):
+    for _ in range(10):
+        done = boot("nproc", vcpus=vcpus)
+        assert done.report["userspace"]
+        assert done.text == f"{vcpus}\n"
