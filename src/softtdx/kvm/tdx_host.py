@@ -130,7 +130,7 @@ class TdxHost:
         self._free_keyids = list(private[1:])
 
     def shut_down(self) -> None:
-        """SEAMLDR.SHUTDOWN on every processor, then give the PAMTs back, cleared: nothing is left under a private KeyID.
+        """SEAMLDR.SHUTDOWN on every processor, then clear the PAMTs: nothing is left under a private KeyID.
 
         KvmError(EBUSY) while a TD exists. Pages that a TD had leaked are recovered too: their owner is gone.
         """
