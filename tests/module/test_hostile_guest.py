@@ -14,8 +14,8 @@ from softtdx.module import vmcs
 U64 = (1 << 64) - 1
 SECRET = 0x5EC2_E7C0_DE00_0000  # the guest's registers hold it, with their number
 PASSED = {"rax", "rcx", "rdx", "r8", "r9"}
-# The processor does not report these of a TD: secure EPT entries are never misconfigured, no MTF but the module's own.
-IMPOSSIBLE = {R.EPT_MISCONFIGURATION, R.MONITOR_TRAP_FLAG, R.TDCALL}
+# The processor does not report these of a TD: no misconfigured secure EPT, no MTF but the module's own, no PML.
+IMPOSSIBLE = {R.EPT_MISCONFIGURATION, R.MONITOR_TRAP_FLAG, R.PML_FULL, R.TDCALL}
 MC = 18
 ERROR_VECTORS = {8, 10, 11, 12, 13, 14, 17, 21}
 
