@@ -74,6 +74,7 @@ class FirmwareMachine(Machine):
             hob = b"\xaa" * section.memory_size if section.type == SectionType.TD_HOB else b""
             self._add(section.gpa, (data or hob).ljust(section.memory_size, b"\0"), section.attributes)
         self.vm.memory_encrypt_op(TdxCommand.FINALIZE_VM)
+        self._mrtd = self._read_mrtd()
 
     def _add(self, gpa: int, data: bytes, attributes: int) -> None:
         source = self.kvm.mm.mmap(len(data))

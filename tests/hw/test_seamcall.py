@@ -178,3 +178,27 @@ def test_cpuid_0d_tells_the_size_of_the_area_for_what_is_enabled_now(platform, x
     lp.core.xcr0 = xcr0
     lp.core.wrmsr(0xDA0, xss)
     assert (lp.cpuid(0xD, 0)[1], lp.cpuid(0xD, 1)[1]) == (standard, compacted)
+
+
+def test_the_hosts_vmcs_is_current_again_after_a_seamcall(platform):
+    lp = platform.lps[0]
+    revision = (lp.rdmsr(0x480) & 0x7FFF_FFFF).to_bytes(4, "little")
+    d = platform.description
+    platform.memory.set_key(d.first_private_keyid)
+    private = d.keyed(0x400000, d.first_private_keyid)
+
+    class Leaver:
+        def seam_entry(self, cpu, regs):
+            cpu.zero_page(private)
+            cpu.write(private, revision + bytes(60))
+            cpu.vmclear(private)
+            cpu.vmptrld(private)
+
+    platform.seam.module = Leaver()
+    for host_vmcs in ((1 << 64) - 1, 0x500000):
+        if host_vmcs == 0x500000:
+            lp.write(host_vmcs, revision)
+            lp.core.vmclear(host_vmcs)
+            lp.core.vmptrld(host_vmcs)
+        lp.seamcall(Registers())
+        assert lp.core.vmptrst() == host_vmcs

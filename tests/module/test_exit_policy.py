@@ -2,7 +2,7 @@
 
 import pytest
 from guest_script import GP, PF, RIP, UD, VE, Exit, Run, interrupt, one, run, tdcall
-from tdx_machine import ATTRIBUTES_DEBUG, Leaf, Machine, Td, status
+from tdx_machine import ATTRIBUTES_DEBUG, BUFFER, HOST, Leaf, Machine, Td, status
 
 from softtdx.abi import fields
 from softtdx.abi.exits import ExitReason as R
@@ -11,6 +11,7 @@ from softtdx.abi.leaves import TdcallLeaf
 from softtdx.abi.msrs import Msr, policies
 from softtdx.abi.status import Status
 from softtdx.abi.structs import TdCtls, TdParams
+from softtdx.hw import Registers
 from softtdx.module import vmcs
 
 NEXT, AGAIN = "next", "again"
@@ -537,3 +538,101 @@ def test_tdcall_outside_64_bit_mode_is_a_general_protection_fault(plain):
         exit_.fields |= fields_
         seen = after(plain, exit_)
         assert (seen.outcome, seen.regs.rax) == ("#13", TdcallLeaf.VP_INFO)
+
+
+# --- performance monitoring
+CYCLES, INSTRUCTIONS, MISSES = 0x003C, 0x00C0, 0x412E
+ENABLE = 1 << 22
+
+
+def perfmon_td(*events: int) -> Td:
+    """A TD that may count these events only; all events when there are none."""
+    machine = Machine()
+    td = Td.create(machine, initialize=False)
+    params = TdParams()
+    params.attributes, params.xfam, params.max_vcpus = PERFMON | SEPT_VE_DISABLE, 3, 1
+    params.eptp_controls, params.tsc_frequency = 6 | 3 << 3, 100
+    machine.host_write(BUFFER, bytes(params))
+    filters = b"".join((e & 0xFF | e >> 8 << 32 | 0xFFFF << 48).to_bytes(8, "little") for e in sorted(events))
+    machine.host_write(HOST + 0x3000, filters.ljust(4096, b"\0"))
+    info = HOST + 0x3000 | len(events) if events else 0
+    machine.ok(Leaf.MNG_INIT, rcx=td.tdr | bool(events), rdx=BUFFER, r8=info)
+    td.finalize()
+    return td
+
+
+def test_a_filtered_event_is_programmed_but_does_not_count():
+    td = perfmon_td(CYCLES, INSTRUCTIONS)
+    real: list[int] = []
+    for event, counts in ((CYCLES, True), (INSTRUCTIONS, True), (MISSES, False), (0x013C, False)):
+        wanted = ENABLE | 3 << 16 | event
+        read_back = msr_exit(0x187)
+        read_back.act = lambda core: real.append(core.rdmsr(0x187))
+        # A TD with PERFMON controls its counters, and stepping detection goes by RIP: what follows is let forward.
+        seen = enter(td, msr_exit(0x187, wanted), read_back).seen[:2]
+        assert [s.outcome for s in seen] == [NEXT, NEXT]
+        assert seen[1].regs.rax | seen[1].regs.rdx << 32 == wanted  # the guest sees what it wrote
+        assert real.pop() == (wanted if counts else wanted & ~ENABLE)
+        # And it is so again after the vCPU was away.
+        enter(td, read_back)
+        assert real.pop() == (wanted if counts else wanted & ~ENABLE)
+
+
+def test_a_disabled_counter_may_name_any_event():
+    td = perfmon_td(CYCLES)
+    assert after(td, msr_exit(0x186, MISSES)).outcome == NEXT
+
+
+def test_reserved_bits_of_an_event_selector_fault_as_on_the_processor():
+    td = perfmon_td(CYCLES)
+    for bit in (35, 62, 63):
+        assert after(td, msr_exit(0x186, 1 << bit | CYCLES)).outcome == "#13"
+
+
+def test_the_host_finds_no_counter_of_the_guest():
+    td = perfmon_td(CYCLES)
+    touched = (0x186, 0xC1, 0x4C1, 0x309, 0x38D)
+    exit_ = interrupt()
+    exit_.act = lambda core: [core.wrmsr(msr, 0x77) for msr in touched]
+    enter(td, exit_)
+    core = td.machine.lps[0].core
+    assert not any(core.rdmsr(msr) for msr in touched if msr != 0xC1)
+
+
+# --- a debugger
+def vmcs_field(encoding: int) -> int:
+    return next(row for row in fields.table("vmcs").fields if row.vmcs_encoding == encoding).field_id
+
+
+def set_exception_bitmap(td: Td, bits: int) -> None:
+    """TDH.VP.WR of the exception bitmap, which the host of a debug TD may write."""
+    lp, mask = td.machine.lps[0], (1 << 32) - 1
+    where = {"rcx": td.vcpu_pages[0], "rdx": vmcs_field(vmcs.EXCEPTION_BITMAP)}
+    assert lp.seamcall(Registers(rax=Leaf.VP_WR, r8=bits, r9=mask, **where)).rax == 0
+
+
+def test_a_debugger_sees_exceptions_that_the_module_is_about_to_inject():
+    td = build(Machine(), attributes=ATTRIBUTES_DEBUG | SEPT_VE_DISABLE)
+    set_exception_bitmap(td, 1 << 18 | 1 << UD)
+    host = enter(td, Exit(R.GETSEC)).host
+    assert (host.rax, host.r9) == (R.EXCEPTION_OR_NMI, 0x8000_0306)
+    # It is delivered when the debugger lets the guest go on.
+    assert enter(td).entry.vector == UD
+    set_exception_bitmap(td, 1 << 18)
+    assert after(td, Exit(R.GETSEC)).vector == UD
+
+
+def test_a_production_tds_exception_bitmap_is_not_the_hosts(plain):
+    lp = plain.machine.lps[0]
+    regs = Registers(
+        rax=Leaf.VP_WR, rcx=plain.vcpu_pages[0], rdx=vmcs_field(vmcs.EXCEPTION_BITMAP), r8=0, r9=(1 << 32) - 1
+    )
+    assert status(lp.seamcall(regs).rax)[0] == Status.METADATA_FIELD_NOT_WRITABLE
+
+
+@pytest.mark.parametrize("vector", [1, 3, 13, 14])
+def test_a_debug_tds_own_exceptions_are_told_and_kept(debug, vector):
+    info = 0x8000_0300 | vector | (1 << 11 if vector in (13, 14) else 0)
+    exit_ = Exit(R.EXCEPTION_OR_NMI, fields={vmcs.EXIT_INTERRUPTION_INFO: info})
+    host = enter(debug, exit_).host
+    assert (host.rax, host.r9) == (R.EXCEPTION_OR_NMI, info)

@@ -8,6 +8,7 @@ from guest_thread import GuestThread
 from tdx_machine import ATTRIBUTES_DEBUG, MIB2, NULL_PA, PAGE, Leaf, Machine, Td, status, td_params
 
 from softtdx.abi import sept as bits
+from softtdx.abi.exits import ExtendedQualification
 from softtdx.abi.leaves import TdcallLeaf
 from softtdx.abi.sept import SeptState
 from softtdx.abi.status import Operand, Status
@@ -17,6 +18,9 @@ VALID = 1 << 15
 R, W, XS, XU, PWA, SVE = 1, 2, 4, 8, 32, 128
 HPA = bits.HPA_MASK & ~(0x3F << 46)
 VMS = (1, 2)
+VM_CTLS = 0x9110_0003_0000_0012
+DO_INVEPT = 1 << 15
+EPT_VIOLATION = 48
 
 
 class Partitioned:
@@ -244,6 +248,80 @@ def test_a_missing_l2_table_is_told_to_the_td(p: Partitioned) -> None:
     p.td.aug(MIB2)
     regs = p.tdcall(WRITE, rcx=MIB2, rdx=(R | VALID) << 16, r8=0x7F << 16)
     assert status(regs.rax) == (Status.L2_SEPT_WALK_FAILED, 1 << 16 | 1)
+
+
+def test_a_host_may_choose_to_be_told_of_a_missing_l2_table(p: Partitioned) -> None:
+    p.td.add_table(MIB2, 1)
+    p.td.aug(MIB2)
+    p.machine.ok(Leaf.MNG_WR, rcx=p.td.tdr, rdx=VM_CTLS + 2, r8=1, r9=1)
+    masks = 0x7F << 16 | 0x7F << 32
+    regs = p.tdcall(WRITE, rcx=MIB2, rdx=(R | VALID) << 16, r8=masks)
+    assert status(regs.rax) == (Status.L2_SEPT_WALK_FAILED, 1 << 16 | 1), "the host chose VM 2 only"
+    guest = p.guest
+    assert p.tdcall(WRITE, rcx=MIB2, rdx=(R | VALID) << 32, r8=masks) is None
+    out = guest.exit
+    assert (out.rax & 0xFFFF_FFFF, out.r8) == (EPT_VIOLATION, MIB2)
+    assert out.rcx & 0x3F == W, "a write, and the entry met allows nothing"
+    assert out.rdx & 0xF == ExtendedQualification.GPA_DETAILS
+    assert out.rdx >> 32 == 1 << 3 | 2 << 20, "level 1 of VM 2's tree"
+
+
+def test_attributes_of_addresses_that_no_page_has_are_refused(p: Partitioned) -> None:
+    for info in (1 << 51, 1 << 47, 3, 8, MIB2 + PAGE | 1):
+        regs = p.tdcall(WRITE, rcx=info, rdx=0, r8=0)
+        assert status(regs.rax) == (Status.OPERAND_INVALID, Operand.RCX), hex(info)
+
+
+def test_taking_rights_back_may_flush_what_processors_remember_of_the_vm(p: Partitioned) -> None:
+    p.alias(0, 1, R | W)
+    regs = p.tdcall(WRITE, rcx=0, rdx=(R | VALID) << 16, r8=(0x7F | DO_INVEPT) << 16)
+    assert (regs.rax, regs.rdx) == (0, (R | VALID) << 16)
+    p.check()
+
+
+def test_splitting_uses_pages_for_vms_without_an_alias_too_unless_told_not_to(p: Partitioned) -> None:
+    m, td = p.machine, p.td
+    td.aug(MIB2, 1)
+    assert p.tdcall(ACCEPT, rcx=MIB2 | 1).rax == 0
+    p.alias(MIB2 | 1, 1, R)
+    p.out()
+    td.block(MIB2, 1)
+    td.track()
+    table, first, second = m.page(), m.page(), m.page()
+    regs = m.ok(Leaf.MEM_PAGE_DEMOTE, rcx=MIB2 | 1, rdx=td.tdr, r8=table, r9=first, r10=second, r11=NULL_PA)
+    assert (regs.r9, regs.r10, regs.r11) == (first, second, NULL_PA)
+    p.check()
+    assert len([at for at in p.tree(2) if MIB2 <= at[0] < 2 * MIB2]) == 1, "an empty table"
+    p.alias(MIB2 + 7 * PAGE, 2, R | W)
+    p.check()
+
+
+def test_splitting_stops_where_a_vm_has_no_table_for_the_new_page(p: Partitioned) -> None:
+    m, td = p.machine, p.td
+    td.add_table(1 << 30, 2)
+    td.aug(1 << 30, 1)
+    assert p.tdcall(ACCEPT, rcx=1 << 30 | 1).rax == 0
+    p.out()
+    td.block(1 << 30, 1)
+    td.track()
+    table, first = m.page(), m.page()
+    operands = {"rcx": 1 << 30 | 1, "rdx": td.tdr, "r8": table, "r9": first, "r10": NULL_PA, "r11": NULL_PA}
+    regs = m.call(Leaf.MEM_PAGE_DEMOTE, **operands)
+    assert status(regs.rax) == (Status.L2_SEPT_WALK_FAILED, 1 << 16 | 2)
+    assert regs.rdx == 1 << 16 | 64 << 8 | 2
+    assert [m.ok(Leaf.PHYMEM_PAGE_RDMD, rcx=page).rcx for page in (table, first)] == [0, 0]
+    m.ok(Leaf.MEM_RANGE_UNBLOCK, rcx=1 << 30 | 1, rdx=td.tdr)
+    p.check()
+
+
+def test_the_host_reads_the_rights_of_every_vm_in_one_call(p: Partitioned) -> None:
+    p.alias(0, 2, R | W)
+    p.out()
+    read = {"rdx": p.td.tdr | 1}
+    assert p.machine.ok(Leaf.MEM_SEPT_RD, rcx=0, **read).r8 == (R | W | VALID) << 32
+    assert p.machine.ok(Leaf.MEM_SEPT_RD, rcx=2 * PAGE, **read).r8 == 0, "a free entry"
+    present = p.machine.ok(Leaf.MEM_SEPT_RD, rcx=1, **read).r8
+    assert present >> 16 & 0xFFFF == present >> 32 & 0xFFFF != 0, "tables of both"
 
 
 def test_l2_tables_come_with_or_after_the_l1_table_and_go_with_it(p: Partitioned) -> None:

@@ -16,7 +16,7 @@ from softtdx.attest.measure import LinuxBoot, linux_boot_log
 from softtdx.attest.quote import Quote
 from softtdx.hw.seamops import SeamOpsStatus
 
-COMPLAINTS = re.compile(r"unexpected #VE|oops|BUG:|WARNING:|Call Trace|unchecked MSR|panic", re.IGNORECASE)
+COMPLAINTS = re.compile(r"unexpected #VE|oops|BUG:|WARNING:|Call Trace|unchecked MSR|Kernel panic", re.IGNORECASE)
 SCRIPT = """
 echo '<dmesg>'; dmesg; echo '</dmesg>'
 mkdir /sys/kernel/config/tsm/report/q

@@ -227,6 +227,7 @@ impl Cpu {
     #[inline(never)]
     pub fn check_write(&mut self, linear: u64, size: usize) -> Result<(), Stop> {
         let in_page = (0x1000 - (linear & 0xfff)) as usize;
+        self.both_canonical(linear, linear.wrapping_add(size as u64 - 1))?;
         let pa = self.translate(linear, access::WRITE, self.tag & 3)?;
         self.guard_code(pa, size.min(in_page))?;
         if size > in_page {
@@ -289,6 +290,7 @@ impl Cpu {
         let mut done = 0;
         // Both pages are checked before anything is read: an access to a device is not repeated.
         if (linear & 0xfff) as usize + into.len() > 0x1000 {
+            self.both_canonical(linear, linear.wrapping_add(into.len() as u64 - 1))?;
             self.translate(linear, access::READ, privilege)?;
             let second = self.wrap_linear((linear & PAGE).wrapping_add(0x1000));
             self.translate(second, access::READ, privilege)?;
@@ -308,6 +310,7 @@ impl Cpu {
         self.counters.slow_accesses += 1;
         let mut done = 0;
         if (linear & 0xfff) as usize + from.len() > 0x1000 {
+            self.both_canonical(linear, linear.wrapping_add(from.len() as u64 - 1))?;
             let in_page = (0x1000 - (linear & 0xfff)) as usize;
             let first = self.translate(linear, access::WRITE, privilege)?;
             self.guard_code(first, in_page)?;
@@ -323,6 +326,15 @@ impl Cpu {
             self.try_pointer(at, pa, true, privilege)?;
             self.phys_write(pa, &from[done..done + part])?;
             done += part;
+        }
+        Ok(())
+    }
+
+    /// Segmentation comes before paging: an operand of which any byte is not canonical faults for that.
+    fn both_canonical(&mut self, first: u64, last: u64) -> Result<(), Stop> {
+        if self.long_mode() && !(self.canonical(first) && self.canonical(last)) {
+            self.stop = StopKind::Canonical;
+            return Err(Stop);
         }
         Ok(())
     }

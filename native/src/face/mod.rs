@@ -5,6 +5,7 @@ mod errors;
 pub mod memory;
 mod payloads;
 mod sha384;
+mod trial;
 
 use pyo3::prelude::*;
 
@@ -17,5 +18,6 @@ fn silicon(module: &Bound<'_, PyModule>) -> PyResult<()> {
     memory::register(module)?;
     core::register(module)?;
     sha384::register(module)?;
+    trial::register(module)?;
     payloads::register(module)
 }

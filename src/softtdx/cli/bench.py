@@ -52,10 +52,15 @@ def _cpu(runs: int) -> Iterator[Figure]:
 
 def _seamcall(runs: int) -> Iterator[Figure]:
     from softtdx.kvm.bench import bench_page_aug, bench_seamcall
+    from softtdx.kvm.bench_leaves import bench_leaves
 
     host = boot_host()
     yield from _figures("seamcall", runs, "us", partial(bench_seamcall, host), {"us_per_call": "empty leaf"})
     yield from _figures("seamcall", runs, "us", partial(bench_page_aug, host), {"us_per_page": "MEM.PAGE.AUG 4K"})
+    results = [bench_leaves(host) for _ in range(runs)]
+    for leaf in results[0]:
+        values = [result[leaf] for result in results]
+        yield Figure("seamcall", leaf, median(values), "us", min(values), max(values), runs)
 
 
 def _build(runs: int) -> Iterator[Figure]:
@@ -82,31 +87,63 @@ def _attest(runs: int) -> Iterator[Figure]:
     yield from _figures("attest", runs, "/s", bench_pcs, {"requests_per_s": "PCS requests"})
 
 
+def _boot(runs: int) -> Iterator[Figure]:
+    from softtdx.vmm.linux.bench import bench_boot
+
+    names = {"s": "Debian's kernel to power-off", "mips": "speed of that boot", "giga": "its instructions"}
+    for kind, vm in (("TD", False), ("VM", True)):
+        results = [bench_boot(vm=vm) for _ in range(runs)]
+        for key, unit in (("s", "s"), ("mips", "MIPS"), ("giga", "G")):
+            values = [result[key] for result in results]
+            yield Figure("boot", f"{names[key]}, {kind}", median(values), unit, min(values), max(values), runs)
+
+
+def _qemu(runs: int, boots: list[Figure]) -> Iterator[Figure]:
+    """The same boot under QEMU, and how much longer ours took."""
+    from softtdx.vmm.linux.bench import bench_qemu
+
+    seconds = [bench_qemu()["s"] for _ in range(runs)]
+    qemu = median(seconds)
+    yield Figure("boot", "the same under QEMU TCG (VM)", qemu, "s", min(seconds), max(seconds), runs)
+    for figure in boots:
+        if figure.unit == "s":
+            name = f"ratio to QEMU, {figure.name[-2:]}"
+            yield Figure("boot", name, figure.value / qemu, "x", figure.low / qemu, figure.high / qemu, runs)
+
+
+_ON_REQUEST = ("boot",)  # takes minutes, and packages from apt
 _SUITES: dict[str, Callable[[int], Iterator[Figure]]] = {
     "cpu": _cpu,
     "seamcall": _seamcall,
     "build": _build,
     "attest": _attest,
+    "boot": _boot,
 }
 
 
 @click.command()
 @click.argument("suites", nargs=-1, metavar="[SUITE]...")
 @click.option("--runs", type=click.IntRange(1, 100), default=3, show_default=True, help="Runs of each; medians count.")
+@click.option("--vs", type=click.Choice(["qemu"]), help="Boot the same under QEMU's TCG too, and print the ratio.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def bench(suites: tuple[str, ...], runs: int, as_json: bool) -> None:
+def bench(suites: tuple[str, ...], runs: int, vs: str | None, as_json: bool) -> None:
     """Measure this machine.
 
-    Suites: cpu (interpreter speed), seamcall (cost of leaves), build (TD build and teardown). Default: all.
+    Suites: cpu (interpreter speed), seamcall (cost of leaves), build (TD build and teardown), attest,
+    and only when named boot (Debian's kernel in a TD and in a VM; with --vs qemu also under QEMU).
     """
+    if vs is not None and "boot" not in suites:
+        raise click.UsageError("--vs compares boots: softtdx bench boot --vs qemu")
     for suite in suites:
         if suite not in _SUITES:
             raise click.UsageError(f"no suite is named {suite!r}; there are: {', '.join(_SUITES)}")
     figures: list[Figure] = []
     console = Console(stderr=True)
-    for suite in suites or _SUITES:
+    for suite in suites or [name for name in _SUITES if name not in _ON_REQUEST]:
         with console.status(f"measuring {suite} ..."):
             figures.extend(_SUITES[suite](runs))
+            if suite == "boot" and vs is not None:
+                figures.extend(_qemu(runs, figures))
     if as_json:
         machine = {"machine": host_platform.machine(), "python": host_platform.python_version(), "cpus": os.cpu_count()}
         click.echo(json.dumps({**machine, "figures": [asdict(figure) for figure in figures]}))

@@ -17,7 +17,7 @@ from softtdx.vmm import End, MachineConfig, MachineResult
 from softtdx.vmm.boot import boot_host, describe
 from softtdx.vmm.linux.bzimage import BzImage, load_bzimage
 from softtdx.vmm.linux.initramfs import build_initramfs
-from softtdx.vmm.linux.machine import LinuxMachine
+from softtdx.vmm.linux.machine import LinuxMachine, Stage
 from softtdx.vmm.linux.report import boot_report
 from softtdx.vmm.quoting import QuotingService
 from softtdx.vmm.trace import write_trace
@@ -93,7 +93,7 @@ def boot(
         report = boot_report(machine, result, host.platform.events, quoting)
     if as_json:
         click.echo(json.dumps(report))
-    return _status(result, machine.exit_status)
+    return _status(result, machine)
 
 
 def _with_room(description: PlatformDescription, memory: int) -> PlatformDescription:
@@ -142,14 +142,27 @@ def _open_drive(path: str) -> BinaryIO:
         raise SoftTdxError(f"cannot open the drive {path!r}: {error.strerror}") from error
 
 
-def _status(result: MachineResult, exit_status: int | None) -> int:
+def _status(result: MachineResult, machine: LinuxMachine) -> int:
     if result.end is End.EXIT:
         return result.status or 0
     if result.end is End.STOPPED:
-        return exit_status or 0
-    click.echo(f"softtdx: {result.message or result.end.value}", err=True)
+        return machine.exit_status or 0
     sys.stdout.flush()
+    click.echo(f"softtdx: {result.message or result.end.value}{_hint(result, machine)}", err=True)
     return 1
+
+
+def _hint(result: MachineResult, machine: LinuxMachine) -> str:
+    """The next step after a boot that failed."""
+    if machine.stage is Stage.KERNEL and not machine.config.vm and b"Guest detected" not in result.console:
+        return (
+            "; the kernel ended before it found that it runs in a TD: it may have been built without "
+            "CONFIG_INTEL_TDX_GUEST (Debian's 6.12 has it, 6.1 has not); --vm boots it as an ordinary VM, "
+            "--append 'earlyprintk=ttyS0' shows its first messages"
+        )
+    if machine.stage < Stage.USERSPACE and "memory" in result.message.lower():
+        return f"; the guest has {machine.config.memory >> 20} MiB, give --memory more"
+    return ""
 
 
 COMMANDS = [boot]

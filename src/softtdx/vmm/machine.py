@@ -24,6 +24,7 @@ from softtdx.abi.structs import Attributes
 from softtdx.abi.vmcs import AR_CODE32, AR_DATA32
 from softtdx.attest.getquote import GetQuote
 from softtdx.hw import LogicalProcessor
+from softtdx.hw.faults import MachineCheck
 from softtdx.kvm import Host, Kvm, KvmError, Vcpu
 from softtdx.kvm.uapi import CpuidEntry, KvmRun, Regs, Segment, Sregs, TdxCapabilities, TdxInitMemRegion, TdxInitVm
 from softtdx.vmm.devices import PortBus
@@ -113,6 +114,7 @@ class Machine:
         self._sink = console
         self._lock = threading.Condition()
         self._ending: MachineResult | None = None
+        self._bug: Exception | None = None
         self._idle: set[int] = set()
         self._wakes = 0
         self._mrtd: bytes | None = None
@@ -253,6 +255,9 @@ class Machine:
             self._kick_until_gone(threads)
         result = self._ending
         assert result is not None
+        if self._bug is not None:
+            where = "SOFTTDX_TRACEBACK=1 shows where"
+            raise MachineError(f"internal error while a vCPU ran: {result.message} ({where})") from self._bug
         result.console, result.wall_s = bytes(self._console), perf_counter() - start
         result.instructions, result.stats = self._instructions() - before, self.vm.stats
         result.undefined = sorted(self._undefined() - undefined)
@@ -302,9 +307,11 @@ class Machine:
         except KvmError as error:
             if self._ending is None:
                 self._finish(MachineResult(End.CRASH, message=str(error.strerror)))
-        except Exception as error:  # a bug of ours must not leave the machine waiting for ever
+        except MachineCheck as fault:
+            self._finish(MachineResult(End.CRASH, message=f"machine check: poison was consumed at {fault.pa:#x}"))
+        except Exception as error:  # a bug of ours must not leave the machine waiting for ever; `run` raises it
+            self._bug = error
             self._finish(MachineResult(End.CRASH, message=f"{type(error).__name__}: {error}"))
-            raise
 
     def _handle(self, vcpu: Vcpu, run: KvmRun) -> None:
         reason = run.exit_reason

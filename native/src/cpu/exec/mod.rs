@@ -3,6 +3,7 @@
 
 pub mod arith;
 pub mod bit;
+pub mod bmi;
 pub mod control;
 pub mod flagops;
 pub mod mov;
@@ -12,6 +13,8 @@ pub mod sse;
 pub mod string;
 pub mod system;
 pub mod system_vmx;
+pub mod vector;
+pub mod x87;
 pub mod xsave;
 
 use iced_x86::Instruction;
@@ -36,4 +39,7 @@ pub const FAMILIES: &[Lower] = &[
     system::lower,
     system_vmx::lower,
     xsave::lower,
+    vector::lower,
+    x87::lower,
+    bmi::lower,
 ];

@@ -680,6 +680,7 @@ pub fn lower(insn: &Instruction, uop: &mut Uop, mode: u32) -> Option<Handler> {
         Mnemonic::Enter => {
             uop.imm = u64::from(insn.immediate16());
             uop.op = insn.immediate8_2nd() & 31;
+            uop.segment = SS as u8;
             uop.size = match insn.code() {
                 Code::Enterw_imm16_imm8 => 2,
                 Code::Enterd_imm16_imm8 => 4,

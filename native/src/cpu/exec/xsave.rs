@@ -1,10 +1,10 @@
-//! FXSAVE, FXRSTOR and the XSAVE family; x87 control instructions.
+//! FXSAVE, FXRSTOR and the XSAVE family.
 //!
 //! Components: 0 x87, 1 SSE, 2 AVX, 9 PKRU.
 
 use iced_x86::{Instruction, Mnemonic};
 
-use crate::cpu::decode::{gpr, mode};
+use crate::cpu::decode::mode;
 use crate::cpu::exec::control;
 use crate::cpu::ext::{Ext, MXCSR_INIT, MXCSR_MASK, X87};
 use crate::cpu::state::{Cpu, Stop, RAX, RDX};
@@ -78,6 +78,21 @@ impl Ext {
             );
             x87.regs[usize::from(x87.top.wrapping_add(number)) & 7] = value;
         }
+        x87.summarise();
+    }
+
+    /// The whole legacy region of 64-bit mode, MXCSR as it stands.
+    pub fn load_legacy(&mut self, area: &[u8]) {
+        self.load_x87(area, true);
+        self.mxcsr = u32::from_le_bytes(take(area, 24));
+        self.load_xmm(area, 16);
+    }
+
+    pub fn save_legacy(&self, area: &mut [u8]) {
+        self.save_x87(area, true);
+        put(area, 24, &self.mxcsr.to_le_bytes());
+        put(area, 28, &MXCSR_MASK.to_le_bytes());
+        self.save_xmm(area, 16);
     }
 
     fn save_xmm(&self, area: &mut [u8], registers: usize) {
@@ -420,72 +435,9 @@ fn fxrstor(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
     })
 }
 
-/// FNINIT (0), FNCLEX (1), FLDCW (2), FNSTCW (3), FNSTSW m16 (4), FNSTSW AX (5), EMMS (6), FWAIT (7).
-fn x87_control(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
-    step(cpu, ip, |cpu, u| {
-        match u.op {
-            0 => {
-                let regs = cpu.ext.x87.regs;
-                cpu.ext.x87 = X87 {
-                    regs,
-                    ..X87::default()
-                };
-            }
-            1 => cpu.ext.x87.status &= 0x7f00,
-            2 => {
-                let at = cpu.ea(u)?;
-                cpu.ext.x87.control = cpu.load::<u16>(at)? & 0x1f7f | 0x40;
-            }
-            3 => {
-                let at = cpu.ea(u)?;
-                let value = cpu.ext.x87.control;
-                cpu.store::<u16>(at, value)?;
-            }
-            4 => {
-                let at = cpu.ea(u)?;
-                let value = cpu.ext.x87.status_word();
-                cpu.store::<u16>(at, value)?;
-            }
-            5 => {
-                let value = cpu.ext.x87.status_word();
-                cpu.gpr[RAX] = cpu.gpr[RAX] & !0xffff | u64::from(value);
-            }
-            6 => cpu.ext.x87.valid = 0,
-            _ => {}
-        }
-        Ok(())
-    })
-}
-
-fn lower_x87(insn: &Instruction, uop: &mut Uop, mode: u32) -> Option<Handler> {
-    uop.op = match insn.mnemonic() {
-        Mnemonic::Fninit => 0,
-        Mnemonic::Fnclex => 1,
-        Mnemonic::Fldcw => 2,
-        Mnemonic::Fnstcw => 3,
-        Mnemonic::Fnstsw if uop.mem => 4,
-        Mnemonic::Fnstsw => 5,
-        Mnemonic::Emms => 6,
-        Mnemonic::Wait => 7,
-        _ => return None,
-    };
-    uop.size = 2;
-    let waiting = uop.op == 7;
-    let trapped = if waiting {
-        mode & mode::TS != 0 && mode & mode::MP != 0
-    } else {
-        mode & (mode::TS | mode::EM) != 0
-    };
-    if trapped {
-        return Some(control::unavailable(uop));
-    }
-    Some(x87_control)
-}
-
 pub fn lower(insn: &Instruction, uop: &mut Uop, mode: u32) -> Option<Handler> {
     let wide = |uop: &mut Uop, wide: bool| uop.size = if wide { 8 } else { 4 };
     let mnemonic = insn.mnemonic();
-    let _ = gpr;
     match mnemonic {
         Mnemonic::Fxsave | Mnemonic::Fxsave64 | Mnemonic::Fxrstor | Mnemonic::Fxrstor64 => {
             if mode & (mode::TS | mode::EM) != 0 {
@@ -545,6 +497,6 @@ pub fn lower(insn: &Instruction, uop: &mut Uop, mode: u32) -> Option<Handler> {
                 },
             )
         }
-        _ => lower_x87(insn, uop, mode),
+        _ => None,
     }
 }

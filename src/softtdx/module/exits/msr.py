@@ -10,7 +10,6 @@ from typing import Final
 
 from softtdx.abi.exits import PENDING_DEBUG_BS, VeCategory
 from softtdx.abi.msrs import Msr, in_bitmap, policy
-from softtdx.hw.faults import GeneralProtection
 
 from .. import tdcs, tdvps, vmcs
 from ..atomics import add64
@@ -68,6 +67,7 @@ MISC_READ_ONLY: Final = MISC_PERFMON | MISC_BTS_UNAVAILABLE | MISC_PEBS_UNAVAILA
 
 PERFEVTSEL_EVENT: Final = 0xFFFF  # event select 7:0, unit mask 15:8
 PERFEVTSEL_ENABLE: Final = 1 << 22
+PERFEVTSEL_RESERVED: Final = ~0x7_FFFF_FFFF  # the processor's #GP
 PERFEVTSEL_FORBIDDEN: Final = 1 << 63  # only in the TDVPS: the event filter has stopped this counter
 
 # GP_OR_VE_BY_<control>: #VE while the TD's flag has this value, else #GP
@@ -186,15 +186,14 @@ def _write_perfevtsel(guest: Guest, msr: int, value: int) -> int | None:
     count = guest.td.rd16(tdcs.EVENT_FILTERS_NUM)
     if not count:
         raise ModuleFatal("IA32_PERFEVTSEL exited in a TD that has PERFMON and no event filter")
+    if value & PERFEVTSEL_RESERVED:
+        return GP
     real = shadow = value
     if value & PERFEVTSEL_ENABLE and not _event_allowed(guest.td, value & PERFEVTSEL_EVENT, count):
         real &= ~PERFEVTSEL_ENABLE
         shadow |= PERFEVTSEL_FORBIDDEN
         add64(guest.cpu, guest.tdc + tdcs.FILTERED_EVENTS_COUNT, 1)
-    try:
-        guest.cpu.wrmsr(msr, real)
-    except GeneralProtection:
-        return GP
+    guest.cpu.core.wrmsr(msr, real)
     guest.vcpu.wr64(tdvps.IA32_PMC_GP_CFG_AX + 8 * (msr - Msr.PERFEVTSEL0), shadow)
     return None
 
@@ -293,7 +292,7 @@ def _write_misc_enable(guest: Guest, value: int) -> int | None:
 def _write_xss(guest: Guest, value: int) -> int | None:
     if value & ~(guest.platform.xss_supported & guest.xfam):
         return GP
-    guest.cpu.wrmsr(Msr.XSS, value)
+    guest.cpu.core.wrmsr(Msr.XSS, value)
     guest.vcpu.wr64(tdvps.IA32_XSS, value)
     return None
 

@@ -182,7 +182,7 @@ def set_tsc(td: Td, tsc: int, native_hz: int, frequency: int, virtual_tsc: int) 
 
 
 def _event_filters(call: Call, td: Td, info: int) -> None:
-    """Performance-monitoring events that the TD may not count: sorted, simple filters only."""
+    """The only performance events that the TD may count: sorted, simple filters only."""
     count, page = info & 0xFFF, info & ~0xFFF
     if info >> 52 or not 1 <= count <= limits.MAX_EVENT_FILTERS or not is_shared(call.g, page, PAGE):
         raise _invalid(Operand.R8)

@@ -9,15 +9,17 @@ from softtdx.abi.status import Operand, Status
 from .. import measure, sept
 from ..context import Call
 from ..errors import LeafError, operand_invalid
+from ..ids import RDX
 from ..locks import EXCLUSIVE
 from ..registry import seamcall
 from ..td import NO_LOCK, open_td
 
 CHUNK: Final = 256
-_STATES: Final = sept.host_states(SeamcallLeaf.MR_EXTEND)
+_EXTEND: Final = SeamcallLeaf.MR_EXTEND
+_STATES: Final = sept.host_states(_EXTEND)
 
 
-@seamcall(SeamcallLeaf.MR_EXTEND)
+@seamcall(_EXTEND)
 def mr_extend(call: Call) -> None:
     """TDH.MR.EXTEND: extend MRTD with 256 bytes of a page that was added, before TDH.MR.FINALIZE.
 
@@ -29,7 +31,7 @@ def mr_extend(call: Call) -> None:
     regs = call.regs
     gpa, tdr = regs.rcx, regs.rdx
     regs.rcx = regs.rdx = 0
-    td = open_td(call, tdr, SeamcallLeaf.MR_EXTEND, Operand.RDX, EXCLUSIVE, NO_LOCK)
+    td = open_td(call, tdr, _EXTEND, RDX, EXCLUSIVE, NO_LOCK)
     if gpa & (CHUNK - 1):
         raise operand_invalid(Operand.RCX)
     _, entry, level = sept.walk_to_leaf(td, gpa)

@@ -276,7 +276,7 @@ def _plan(guest: Guest, info: int, entry: int, attributes: int, flags: int, vms:
 
 
 def _no_l2_table(guest: Guest, info: int, l2_entry: int, level: int, vm: int) -> NoReturn:
-    """The L2 tree has no page there: told to the TD, or to the host as an EPT violation if the TD chose that."""
+    """The L2 tree has no page there: told to the TD, or, if VM_CTLS says so, to the host as an EPT violation."""
     if not guest.td.rd64(tdcs.VM_CTLS + 8 * vm) & EPT_VIOLATION_ON_L2_SEPT_WALK_FAILURE:
         raise LeafError(Status.L2_SEPT_WALK_FAILED, vm << 16 | level)
     qualification = EPT_WRITE | _rights(l2_entry) | (EPT_USER_EXECUTABLE if l2_entry & XU else 0)

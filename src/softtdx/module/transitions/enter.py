@@ -245,7 +245,8 @@ def _restore_state(guest: Guest) -> None:
         xstate.restore(guest)
     except ValueError:
         raise _extended_state_failure() from None
-    *dr, core.xcr0, core.cr2 = DEBUG_AND_XCR0.unpack(cpu.read(vp + tdvps.DR0, DEBUG_AND_XCR0.size))
+    guest.loaded_debug = raw = cpu.read(vp + tdvps.DR0, DEBUG_AND_XCR0.size)
+    *dr, core.xcr0, core.cr2 = DEBUG_AND_XCR0.unpack(raw)
     core.dr = dr
     core.wrmsr(XSS, cpu.rd64(vp + tdvps.IA32_XSS))
     if not guest.perfmon:

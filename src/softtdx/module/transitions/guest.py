@@ -120,9 +120,10 @@ class Guest:
 
     __slots__ = (
         "associated", "attributes", "bus_lock", "call", "config_flags", "cpu", "curr_vm", "debug", "epoch", "event",
-        "filtered", "flags", "g", "gpaw", "gprs", "last_exit", "last_exit_tsc", "last_module", "launched", "pend_nmi",
-        "perfmon", "platform", "reason", "regs", "retired", "shared_bit", "state", "stepping", "switched_msrs", "td",
-        "tdc", "vcpu", "version", "virt_maxpa", "vp", "xfam", "xstate_area",
+        "filtered", "flags", "g", "gpaw", "gprs", "last_exit", "last_exit_tsc", "last_module", "launched",
+        "loaded_debug", "loaded_msrs", "pend_nmi", "perfmon", "platform", "reason", "regs", "retired", "shared_bit",
+        "state", "stepping", "switched_msrs", "td", "tdc", "vcpu", "version", "virt_maxpa", "vp", "xfam",
+        "xstate_area",
     )  # fmt: skip
 
     def __init__(self, call: Call, td: Td, vcpu: Vcpu) -> None:
@@ -151,6 +152,9 @@ class Guest:
         self.version = 0
         self.switched_msrs: Any = None  # of `transitions.msrs`
         self.xstate_area: Any = None  # of `transitions.xstate`
+        # What TD entry loaded and TD exit need not save again when it has not changed.
+        self.loaded_msrs: tuple[int, ...] = ()
+        self.loaded_debug = b""  # DR0..DR3, DR6, XCR0, CR2
         self.stepping = Stepping()
         self.begin()
 

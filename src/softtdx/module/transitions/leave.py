@@ -145,12 +145,12 @@ def _save(guest: Guest, host: HostMsrs, state: int, last_exit: int, *, trap: boo
     save_guest_msrs(guest, host)
     cpu.store_gprs(vp + tdvps.GPR_RAX)
     cpu.wr64(vp + tdvps.GPR_RSP_PLACEHOLDER, 0)
-    dr = core.dr
-    cpu.write(vp + tdvps.DR0, DEBUG_AND_XCR0.pack(*dr, core.xcr0, core.cr2))
+    raw = DEBUG_AND_XCR0.pack(*core.dr, core.xcr0, core.cr2)
+    if raw != guest.loaded_debug:
+        cpu.write(vp + tdvps.DR0, raw)
     cpu.wr64(vp + tdvps.LAST_EXIT_TSC, cpu.rdtsc())
     cpu.wr8(vp + tdvps.VM_LAUNCHED, guest.launched)
-    cpu.wr8(vp + tdvps.VCPU_STATE, state)
-    cpu.wr8(vp + tdvps.LAST_TD_EXIT, last_exit)
+    cpu.wr16(vp + tdvps.VCPU_STATE, state | last_exit << 8)  # and LAST_TD_EXIT
     xstate.save(guest)
     if trap:
         guest.advance_rip()

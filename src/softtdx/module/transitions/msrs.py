@@ -29,6 +29,7 @@ STAR, LSTAR, FMASK, KERNEL_GS_BASE, TSC_AUX = map(
     int, (Msr.STAR, Msr.LSTAR, Msr.FMASK, Msr.KERNEL_GS_BASE, Msr.TSC_AUX)
 )
 SPEC_CTRL, DS_AREA, UARCH_MISC_CTL, TSX_CTRL = map(int, (Msr.SPEC_CTRL, Msr.DS_AREA, Msr.UARCH_MISC_CTL, Msr.TSX_CTRL))
+_ALWAYS: Final = (SPEC_CTRL, DS_AREA, UARCH_MISC_CTL, STAR, LSTAR, FMASK, KERNEL_GS_BASE, TSC_AUX)
 _SYSCALL: Final = struct.Struct("<5Q")
 
 
@@ -99,9 +100,16 @@ def load_guest_msrs(guest: Guest) -> HostMsrs:
     if optional is None:
         optional = guest.switched_msrs = _optional(guest)
     host = HostMsrs(rdmsr(SPEC_CTRL) or 0, rdmsr(DS_AREA) or 0, tsx, optional)
-    wrmsr(DS_AREA, rd64(vp + tdvps.IA32_DS_AREA))
-    wrmsr(UARCH_MISC_CTL, rd64(vp + tdvps.IA32_UARCH_MISC_CTL))
-    star, lstar, fmask, kernel_gs, tsc_aux = _SYSCALL.unpack(guest.cpu.read(vp + tdvps.IA32_STAR, 40))
+    values = (
+        rd64(vp + tdvps.IA32_SPEC_CTRL),
+        rd64(vp + tdvps.IA32_DS_AREA),
+        rd64(vp + tdvps.IA32_UARCH_MISC_CTL),
+        *_SYSCALL.unpack(guest.cpu.read(vp + tdvps.IA32_STAR, 40)),
+    )
+    guest.loaded_msrs = values
+    spec_ctrl, ds_area, uarch, star, lstar, fmask, kernel_gs, tsc_aux = values
+    wrmsr(DS_AREA, ds_area)
+    wrmsr(UARCH_MISC_CTL, uarch)
     wrmsr(STAR, star)
     wrmsr(LSTAR, lstar)
     wrmsr(FMASK, fmask)
@@ -112,21 +120,22 @@ def load_guest_msrs(guest: Guest) -> HostMsrs:
         if value & PERFEVTSEL_FORBIDDEN and Msr.PERFEVTSEL0 <= entry.msr < Msr.PERFEVTSEL0 + GP_COUNTERS:
             value &= ~(PERFEVTSEL_FORBIDDEN | PERFEVTSEL_ENABLE)
         wrmsr(entry.msr, value)
-    wrmsr(SPEC_CTRL, rd64(vp + tdvps.IA32_SPEC_CTRL))
+    wrmsr(SPEC_CTRL, spec_ctrl)
     return host
 
 
 def save_guest_msrs(guest: Guest, host: HostMsrs) -> None:
-    """RDMSR into the TDVPS."""
+    """RDMSR into the TDVPS; most of them are as they were loaded, and so is the TDVPS."""
     core = guest.cpu.core
     wr64 = guest.cpu.wr64
     vp = guest.vp
     rdmsr = core.rdmsr
-    wr64(vp + tdvps.IA32_SPEC_CTRL, rdmsr(SPEC_CTRL) or 0)
-    wr64(vp + tdvps.IA32_DS_AREA, rdmsr(DS_AREA) or 0)
-    wr64(vp + tdvps.IA32_UARCH_MISC_CTL, rdmsr(UARCH_MISC_CTL) or 0)
-    values = [rdmsr(msr) or 0 for msr in (STAR, LSTAR, FMASK, KERNEL_GS_BASE, TSC_AUX)]
-    guest.cpu.write(vp + tdvps.IA32_STAR, _SYSCALL.pack(*values))
+    values = tuple([rdmsr(msr) or 0 for msr in _ALWAYS])
+    if values != guest.loaded_msrs:
+        wr64(vp + tdvps.IA32_SPEC_CTRL, values[0])
+        wr64(vp + tdvps.IA32_DS_AREA, values[1])
+        wr64(vp + tdvps.IA32_UARCH_MISC_CTL, values[2])
+        guest.cpu.write(vp + tdvps.IA32_STAR, _SYSCALL.pack(*values[3:]))
     for entry in host.optional:
         if guest.filtered and Msr.PERFEVTSEL0 <= entry.msr < Msr.PERFEVTSEL0 + GP_COUNTERS:
             continue  # the TDVPS holds what the guest wrote, the MSR what the event filter left of it

@@ -130,4 +130,10 @@ def _dsdt() -> bytes:
             ),
         ),
     )
-    return aml.scope("\\_SB", root) + aml.name("\\_S5", aml.package(SLEEP_TYPE_S5, 0, 0, 0))
+    serial = aml.device(
+        "COM1",  # without an interrupt, so that its driver polls
+        aml.name("_HID", aml.eisa_id("PNP0501")),
+        aml.name("_UID", aml.integer(1)),
+        aml.name("_CRS", aml.resources(aml.io_ports(0x3F8, 8))),
+    )
+    return aml.scope("\\_SB", root, serial) + aml.name("\\_S5", aml.package(SLEEP_TYPE_S5, 0, 0, 0))

@@ -112,6 +112,7 @@ class LinuxMachine(Machine):
             self._place(FIRMWARE_BASE, firmware)
             if not config.vm:
                 self.vm.memory_encrypt_op(TdxCommand.FINALIZE_VM)
+                self._mrtd = self._read_mrtd()
                 for base, size in memory.ranges():  # the firmware will accept all of it, so spare it the faults
                     self.vcpus[0].pre_fault_memory(base, size)
         except KvmError as error:
