@@ -186,7 +186,7 @@ impl Cpu {
             Flow::Jump => {}
             Flow::Stop => {
                 // An interrupted REP is synchronised too, but it is not complete.
-                completed = self.stop == StopKind::Sync && self.partial == block.count.into();
+                completed = self.stop == StopKind::Sync && self.partial == u32::from(block.count);
                 if !completed {
                     self.icount += u64::from(self.partial);
                     return self.stopped();
