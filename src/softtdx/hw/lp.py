@@ -102,7 +102,7 @@ class LogicalProcessor:
             raise VmFail("SEAMCALL: the SEAM software is not loaded")
         events = self.platform.events
         events.counts["seamldr" if to_loader else "seamcall"] += 1
-        operands = regs.values() if events.active else ()
+        given = regs.values() if events.active else ()
         core = self.core
         self.mode = _SEAM_ROOT
         core.seam = True
@@ -119,7 +119,7 @@ class LogicalProcessor:
             self.mode = _VMX_ROOT
         if events.active:
             kind = "seamldr" if to_loader else "seamcall"
-            events.publish(kind, self.index, leaf=leaf & _LEAF_MASK, operands=operands, results=regs.values())
+            events.publish(kind, self.index, leaf=leaf & _LEAF_MASK, operands=given, results=regs.values())
         return regs
 
     def seamret(self) -> None:
