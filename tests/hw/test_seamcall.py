@@ -44,6 +44,13 @@ def test_bit_63_of_rax_chooses_the_loader(platform):
     assert regs.rcx == 42
 
 
+def test_registers_may_be_given_by_name(platform):
+    platform.seam.module = Echo()
+    assert platform.lps[0].seamcall(rax=7, rcx=(1 << 64) - 2).rcx == (1 << 64) - 1
+    with pytest.raises(ValueError, match="64 bits"):
+        platform.lps[0].seamcall(rax=-1)
+
+
 def test_a_seamcall_from_inside_seam_mode_is_undefined(platform):
     lp = platform.lps[0]
     failures = []

@@ -111,16 +111,6 @@ def test_a_tdreport_from_the_device_file_has_a_mac_that_verifies(td, report_prog
     assert TdReport.parse(raw).report_mac.report_data == bytes(range(64))
 
 
-def test_two_vcpus_of_an_ordinary_vm_reach_userspace():
-    done = boot("nproc; dmesg", vm=True, vcpus=2)
-    assert done.report["userspace"]
-    assert done.result.status == 0
-    assert done.text.startswith("2\n")
-    assert "smp: Brought up 1 node, 2 CPUs" in done.text
-    assert not COMPLAINTS.search(done.text)
-    assert done.report["mrtd"] is None
-
-
 @pytest.mark.nightly
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("vcpus", [1, 2])

@@ -143,7 +143,7 @@ def bench(suites: tuple[str, ...], runs: int, vs: str | None, as_json: bool) -> 
         with console.status(f"measuring {suite} ..."):
             figures.extend(_SUITES[suite](runs))
             if suite == "boot" and vs is not None:
-                figures.extend(_qemu(runs, figures))
+                figures.extend(_qemu(runs, [f for f in figures if f.suite == suite]))
     if as_json:
         machine = {"machine": host_platform.machine(), "python": host_platform.python_version(), "cpus": os.cpu_count()}
         click.echo(json.dumps({**machine, "figures": [asdict(figure) for figure in figures]}))

@@ -77,13 +77,17 @@ class LogicalProcessor:
         self.zero_page, self.copy_page = core.zero_page, core.copy_page
 
     # --- SEAMCALL
-    def seamcall(self, regs: Registers) -> Registers:
+    def seamcall(self, regs: Registers | None = None, /, **operands: int) -> Registers:
         """SEAMCALL with `regs`, which hold the results afterwards (and are returned).
+
+        Without `regs` the registers are given by name: `lp.seamcall(rax=33)`.
 
         RAX bit 63 selects the P-SEAMLDR. Raises UndefinedOpcode outside VMX root mode, GeneralProtection before
         SEAMRR is enabled, VmFail (VMfailInvalid) when the SEAM software asked for is not loaded, MachineCheck when
         it consumed poison: then that software is gone for good.
         """
+        if regs is None:
+            regs = Registers(**operands)
         if self.mode is not _VMX_ROOT:
             raise UndefinedOpcode(f"SEAMCALL in {self.mode.value} mode")
         if self._tsc_seen != self.platform.tsc:
@@ -98,7 +102,7 @@ class LogicalProcessor:
             raise VmFail("SEAMCALL: the SEAM software is not loaded")
         events = self.platform.events
         events.counts["seamldr" if to_loader else "seamcall"] += 1
-        operands = regs.values() if events.active else ()
+        given = regs.values() if events.active else ()
         core = self.core
         self.mode = _SEAM_ROOT
         core.seam = True
@@ -115,7 +119,7 @@ class LogicalProcessor:
             self.mode = _VMX_ROOT
         if events.active:
             kind = "seamldr" if to_loader else "seamcall"
-            events.publish(kind, self.index, leaf=leaf & _LEAF_MASK, operands=operands, results=regs.values())
+            events.publish(kind, self.index, leaf=leaf & _LEAF_MASK, operands=given, results=regs.values())
         return regs
 
     def seamret(self) -> None:
