@@ -11,7 +11,6 @@ ROOT = Path(softtdx.__file__).parent
 STANDARD = {
     "collections",
     "contextlib",
-    "contextlib",
     "dataclasses",
     "enum",
     "functools",

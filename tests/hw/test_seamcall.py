@@ -44,6 +44,13 @@ def test_bit_63_of_rax_chooses_the_loader(platform):
     assert regs.rcx == 42
 
 
+def test_registers_may_be_given_by_name(platform):
+    platform.seam.module = Echo()
+    assert platform.lps[0].seamcall(rax=7, rcx=(1 << 64) - 2).rcx == (1 << 64) - 1
+    with pytest.raises(ValueError, match="64 bits"):
+        platform.lps[0].seamcall(rax=-1)
+
+
 def test_a_seamcall_from_inside_seam_mode_is_undefined(platform):
     lp = platform.lps[0]
     failures = []
@@ -178,3 +185,27 @@ def test_cpuid_0d_tells_the_size_of_the_area_for_what_is_enabled_now(platform, x
     lp.core.xcr0 = xcr0
     lp.core.wrmsr(0xDA0, xss)
     assert (lp.cpuid(0xD, 0)[1], lp.cpuid(0xD, 1)[1]) == (standard, compacted)
+
+
+def test_the_hosts_vmcs_is_current_again_after_a_seamcall(platform):
+    lp = platform.lps[0]
+    revision = (lp.rdmsr(0x480) & 0x7FFF_FFFF).to_bytes(4, "little")
+    d = platform.description
+    platform.memory.set_key(d.first_private_keyid)
+    private = d.keyed(0x400000, d.first_private_keyid)
+
+    class Leaver:
+        def seam_entry(self, cpu, regs):
+            cpu.zero_page(private)
+            cpu.write(private, revision + bytes(60))
+            cpu.vmclear(private)
+            cpu.vmptrld(private)
+
+    platform.seam.module = Leaver()
+    for host_vmcs in ((1 << 64) - 1, 0x500000):
+        if host_vmcs == 0x500000:
+            lp.write(host_vmcs, revision)
+            lp.core.vmclear(host_vmcs)
+            lp.core.vmptrld(host_vmcs)
+        lp.seamcall(Registers())
+        assert lp.core.vmptrst() == host_vmcs

@@ -5,7 +5,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from td_build_steps import PAGES, Build
 
-from softtdx.abi.kvm import KVM_X86_DEFAULT_VM, KVM_X86_TDX_VM, MEMORY_ATTRIBUTE_PRIVATE, MemorySlotFlag, TdxCommand
+from softtdx.abi.kvm import (
+    KVM_X86_DEFAULT_VM,
+    KVM_X86_TDX_VM,
+    MEMORY_ATTRIBUTE_PRIVATE,
+    KvmCap,
+    MemorySlotFlag,
+    TdxCommand,
+)
 from softtdx.abi.status import Status
 from softtdx.abi.structs import Attributes
 from softtdx.hw import Platform, Registers, preset
@@ -236,3 +243,57 @@ def test_when_the_module_dies_the_vm_still_closes_and_what_it_held_is_never_used
     fails(19, Build(host).init_vm)
     everything = {host.memory.alloc() for _ in range(host.memory.free_pages)}
     assert not everything & held
+
+
+def test_get_cpuid_tells_what_the_td_will_see(host):
+    with Build(host) as build:
+        build.do(5)
+        entries = build.vcpus[0].memory_encrypt_op(TdxCommand.GET_CPUID)
+        assert [(e.function, e.index) for e in entries] == [
+            (row.leaf, row.subleaf) for row in host.tdx.sysinfo.cpuid_config
+        ]
+        first = next(e for e in entries if e.function == 1)
+        assert first.edx & 1 << 9  # APIC: a TD always has it
+
+
+def test_pre_faulting_follows_the_rules_and_maps_large_pages(host):
+    mib = 1 << 20
+    with Build(host) as build:
+        build.do(3)
+        file = build.vm.create_guest_memfd(4 * mib)
+        hva = build.kvm.mm.mmap(4 * mib)
+        build.vm.set_user_memory_region2(1, 1 << 30, 4 * mib, hva, MemorySlotFlag.GUEST_MEMFD, file)
+        build.vm.set_memory_attributes(1 << 30, 3 * mib, MEMORY_ATTRIBUTE_PRIVATE)
+        build.create_vcpu()
+        build.init_vcpu()
+        vcpu, secure = build.vcpus[0], build.vm.ops.secure
+        fails(95, vcpu.pre_fault_memory, 1 << 30, PAGE)
+        build.finalize()
+        for bad in ((1, PAGE), (0, 1), (0, 0), (-PAGE, PAGE)):
+            fails(EINVAL, vcpu.pre_fault_memory, *bad)
+        fails(2, vcpu.pre_fault_memory, 1 << 31, PAGE)
+        vcpu.pre_fault_memory(1 << 30, 3 * mib)
+        assert (secure.huge_pages, secure.mapped_pages) == (1, 3 * mib // PAGE)
+        vcpu.pre_fault_memory(1 << 30, 3 * mib)
+        assert secure.mapped_pages == 3 * mib // PAGE
+        fails(2, vcpu.pre_fault_memory, (1 << 30) + 3 * mib, PAGE)
+        file.punch_hole(mib, mib)
+        assert (secure.huge_pages, secure.mapped_pages) == (0, 2 * mib // PAGE)
+        for bad in ((1, PAGE), (0, 1), (0, 0), (4 * mib, PAGE), (-PAGE, PAGE)):
+            fails(EINVAL, file.punch_hole, *bad)
+        build.vm.set_user_memory_region2(1, 0, 0, 0)
+        assert secure.mapped_pages == 0
+
+
+def test_extensions_depend_on_the_type_of_vm(host):
+    kvm = Kvm(host)
+    assert kvm.get_api_version() == 12
+    assert kvm.check_extension(KvmCap.VM_TYPES) == 1 << KVM_X86_DEFAULT_VM | 1 << KVM_X86_TDX_VM
+    assert kvm.check_extension(0xFFFF) == 0
+    vm = kvm.create_vm()
+    assert vm.check_extension(KvmCap.MEMORY_ATTRIBUTES) == vm.check_extension(KvmCap.GUEST_MEMFD) == 0
+    vm.close()
+    vm.close()
+    with Build(host) as build:
+        assert build.vm.check_extension(KvmCap.MEMORY_ATTRIBUTES) == MEMORY_ATTRIBUTE_PRIVATE
+        assert build.vm.check_extension(KvmCap.GUEST_MEMFD) == 1

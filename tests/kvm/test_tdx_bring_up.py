@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 
 import pytest
+from td_build_steps import Build
 
+from softtdx.abi.kvm import KVM_X86_TDX_VM
 from softtdx.hw import Platform, preset
-from softtdx.kvm import Host, TdxUnavailableError
+from softtdx.kvm import Host, Kvm, KvmError, TdxUnavailableError
 from softtdx.kvm.memory import PAGE
 from softtdx.seamldr import development_release
 
@@ -55,3 +57,24 @@ def test_an_image_of_no_or_too_many_pages_is_refused():
     for image in (b"", bytes(497 * PAGE)):
         with pytest.raises(TdxUnavailableError, match="1984 KiB"):
             host.enable_tdx(Altered(image, development_release().sigstruct))
+
+
+def test_a_host_can_take_tdx_down_and_bring_it_up_again():
+    host = Host(Platform(preset("spr")))
+    before = host.memory.free_pages
+    for _ in range(2):
+        host.enable_tdx(development_release())
+        with Build(host).do():
+            with pytest.raises(KvmError, match="while a TD has a KeyID"):
+                host.disable_tdx()
+            assert host.tdx is not None
+        pamts = [(base, size) for tdmr in host.tdx.tdmrs for base, size in tdmr.pamt]
+        host.disable_tdx()
+        assert host.tdx is None
+        assert not host.memory.tdx_pages()
+        assert host.memory.free_pages == before
+        for base, size in pamts:
+            assert host.memory.read(base, size) == bytes(size)  # with KeyID 0, and without a machine check
+        assert not any(host.platform.memory.raw_line(base)[2] for base, _ in pamts)  # the TD-owner bits are clear
+        with pytest.raises(KvmError):
+            Kvm(host).create_vm(KVM_X86_TDX_VM)

@@ -11,6 +11,7 @@ from softtdx.abi.leaves import TdcallLeaf
 from softtdx.abi.msrs import Msr, policies
 from softtdx.abi.status import Status
 from softtdx.abi.structs import TdCtls, TdParams
+from softtdx.hw import Registers
 from softtdx.module import vmcs
 
 NEXT, AGAIN = "next", "again"
@@ -596,3 +597,42 @@ def test_the_host_finds_no_counter_of_the_guest():
     enter(td, exit_)
     core = td.machine.lps[0].core
     assert not any(core.rdmsr(msr) for msr in touched if msr != 0xC1)
+
+
+# --- a debugger
+def vmcs_field(encoding: int) -> int:
+    return next(row for row in fields.table("vmcs").fields if row.vmcs_encoding == encoding).field_id
+
+
+def set_exception_bitmap(td: Td, bits: int) -> None:
+    """TDH.VP.WR of the exception bitmap, which the host of a debug TD may write."""
+    lp, mask = td.machine.lps[0], (1 << 32) - 1
+    where = {"rcx": td.vcpu_pages[0], "rdx": vmcs_field(vmcs.EXCEPTION_BITMAP)}
+    assert lp.seamcall(Registers(rax=Leaf.VP_WR, r8=bits, r9=mask, **where)).rax == 0
+
+
+def test_a_debugger_sees_exceptions_that_the_module_is_about_to_inject():
+    td = build(Machine(), attributes=ATTRIBUTES_DEBUG | SEPT_VE_DISABLE)
+    set_exception_bitmap(td, 1 << 18 | 1 << UD)
+    host = enter(td, Exit(R.GETSEC)).host
+    assert (host.rax, host.r9) == (R.EXCEPTION_OR_NMI, 0x8000_0306)
+    # It is delivered when the debugger lets the guest go on.
+    assert enter(td).entry.vector == UD
+    set_exception_bitmap(td, 1 << 18)
+    assert after(td, Exit(R.GETSEC)).vector == UD
+
+
+def test_a_production_tds_exception_bitmap_is_not_the_hosts(plain):
+    lp = plain.machine.lps[0]
+    regs = Registers(
+        rax=Leaf.VP_WR, rcx=plain.vcpu_pages[0], rdx=vmcs_field(vmcs.EXCEPTION_BITMAP), r8=0, r9=(1 << 32) - 1
+    )
+    assert status(lp.seamcall(regs).rax)[0] == Status.METADATA_FIELD_NOT_WRITABLE
+
+
+@pytest.mark.parametrize("vector", [1, 3, 13, 14])
+def test_a_debug_tds_own_exceptions_are_told_and_kept(debug, vector):
+    info = 0x8000_0300 | vector | (1 << 11 if vector in (13, 14) else 0)
+    exit_ = Exit(R.EXCEPTION_OR_NMI, fields={vmcs.EXIT_INTERRUPTION_INFO: info})
+    host = enter(debug, exit_).host
+    assert (host.rax, host.r9) == (R.EXCEPTION_OR_NMI, info)

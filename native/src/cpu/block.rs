@@ -1,14 +1,14 @@
 //! Decoded blocks: found by physical address, chained to their successors, checked against their page's generation.
 
 use std::collections::HashMap;
-
-use crate::mem::Memory;
+use std::sync::atomic::Ordering;
 
 use super::decode::{decode, Trouble};
-use super::state::Cpu;
+use super::state::{Cpu, RunningCode};
 use super::uop::Uop;
 
-const NONE: u32 = u32::MAX;
+/// No block.
+pub const NONE: u32 = u32::MAX;
 /// A link inside one page stays right as long as its block does.
 const ALWAYS: u64 = u64::MAX;
 const JUMPS: usize = 4096;
@@ -16,34 +16,43 @@ const JUMPS: usize = 4096;
 const CAPACITY: usize = 1 << 20;
 
 #[derive(Clone, Copy)]
-pub struct Link {
-    block: u32,
+struct Link {
     space: u64,
+    block: u32,
 }
 
 const UNLINKED: Link = Link {
-    block: NONE,
     space: 0,
+    block: NONE,
 };
 
-/// One block.
-#[derive(Clone)]
+/// One block: what the run loop touches, in one cache line.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
 pub struct Block {
-    pub first: u32,
-    pub uops: u32,
-    pub count: u32,
-    /// Bytes of code.
-    pub bytes: u32,
-    /// Target of the closing branch relative to the start.
-    pub taken: u64,
+    /// `Memory::code_stores` when its bytes were last known to be right.
+    checked: u64,
     /// Physical address, KeyID included.
     pub pa: u64,
-    pub generation: u32,
-    /// The second page of a block whose only instruction crosses; 0 if none.
-    pub pa2: u64,
-    pub generation2: u32,
-    pub mode: u32,
+    /// Target of the closing branch relative to the start.
+    pub taken: u64,
+    /// Its first micro-operation.
+    pub first: u32,
+    /// Bytes of code.
+    pub bytes: u16,
+    pub count: u8,
+    /// Its only instruction crosses into another page.
+    pub crosses: bool,
     links: [Link; 2],
+}
+
+/// Where a block came from.
+struct Origin {
+    generation: u32,
+    /// The second page of a block that crosses, else 0.
+    pa2: u64,
+    generation2: u32,
+    mode: u32,
     code: Box<[u8]>,
 }
 
@@ -58,6 +67,7 @@ struct Jump {
 /// All blocks of one processor.
 pub struct Cache {
     pub blocks: Vec<Block>,
+    origins: Vec<Origin>,
     pub uops: Vec<Uop>,
     by_pa: HashMap<(u64, u32), u32, Hasher>,
     jumps: Box<[Jump; JUMPS]>,
@@ -102,6 +112,7 @@ impl Default for Cache {
     fn default() -> Self {
         Cache {
             blocks: Vec::new(),
+            origins: Vec::new(),
             uops: Vec::new(),
             by_pa: HashMap::default(),
             jumps: Box::new(
@@ -126,6 +137,7 @@ impl Cache {
     pub fn clear(&mut self) {
         self.era += 1;
         self.blocks.clear();
+        self.origins.clear();
         self.uops.clear();
         self.by_pa.clear();
         for jump in self.jumps.iter_mut() {
@@ -133,32 +145,39 @@ impl Cache {
         }
     }
 
-    /// The successor of `block` on `side` (0 behind it, 1 its branch target), if the chain to it still holds.
+    /// The successor of `block` on `side` (0 behind it, 1 its branch target), or `NONE` if no chain to it holds.
     #[inline(always)]
-    pub fn follow(&self, block: u32, side: usize, space: u64) -> Option<u32> {
+    pub fn follow(&self, block: u32, side: usize, space: u64) -> u32 {
         let link = self.blocks[block as usize].links[side];
-        (link.block != NONE && (link.space == ALWAYS || link.space == space)).then_some(link.block)
+        if link.space == space || link.space == ALWAYS {
+            link.block
+        } else {
+            NONE
+        }
     }
 
     pub fn link(&mut self, from: u32, side: usize, to: u32, same_page: bool, space: u64) {
-        let crosses = self.blocks[to as usize].pa2 != 0;
-        if from as usize >= self.blocks.len() || crosses {
+        if self.blocks[to as usize].crosses {
+            // Its second page must be translated each time.
             return;
         }
         let space = if same_page { ALWAYS } else { space };
         self.blocks[from as usize].links[side] = Link { block: to, space };
     }
 
-    /// The block at `rip`, by linear address.
+    /// The block at `rip`, by linear address, or `NONE`.
     #[inline(always)]
-    pub fn jump(&self, rip: u64, space: u64, mode: u32) -> Option<u32> {
+    pub fn jump(&self, rip: u64, space: u64, mode: u32) -> u32 {
         let jump = &self.jumps[jump_index(rip)];
-        (jump.rip == rip && jump.space == space && jump.mode == mode && jump.block != NONE)
-            .then_some(jump.block)
+        if jump.rip == rip && jump.space == space && jump.mode == mode {
+            jump.block
+        } else {
+            NONE
+        }
     }
 
     pub fn note_jump(&mut self, rip: u64, space: u64, mode: u32, block: u32) {
-        if self.blocks[block as usize].pa2 == 0 {
+        if !self.blocks[block as usize].crosses {
             self.jumps[jump_index(rip)] = Jump {
                 rip,
                 space,
@@ -172,21 +191,57 @@ impl Cache {
         self.by_pa.get(&(pa, mode)).copied()
     }
 
-    /// Whether the bytes that `block` was decoded from are still there; brings its generation up to date.
+    /// Where the bytes of `block` lie.
+    pub fn running(&self, block: u32) -> RunningCode {
+        let (at, origin) = (&self.blocks[block as usize], &self.origins[block as usize]);
+        let len = u64::from(at.bytes);
+        let first = if at.crosses {
+            0x1000 - (at.pa & 0xfff)
+        } else {
+            len
+        };
+        RunningCode {
+            pa: at.pa,
+            len: first,
+            pa2: origin.pa2,
+            len2: len - first,
+        }
+    }
+
+    /// The second page that `block` was decoded from, if it crosses.
+    pub fn second_page(&self, block: u32) -> u64 {
+        self.origins[block as usize].pa2
+    }
+
+    /// Whether nothing was stored to any code page since the block was checked.
     #[inline(always)]
-    pub fn fresh(&self, block: u32, mem: &Memory) -> bool {
-        let block = &self.blocks[block as usize];
-        mem.code_gen(block.pa) == block.generation
-            && (block.pa2 == 0 || mem.code_gen(block.pa2) == block.generation2)
+    pub fn fresh(&self, block: u32, stores: u64) -> bool {
+        self.blocks[block as usize].checked == stores
+    }
+
+    /// Whether the bytes that `block` was decoded from are still there.
+    #[cold]
+    #[inline(never)]
+    pub fn check(&mut self, block: u32, cpu: &mut Cpu) -> bool {
+        // Read first: a store that comes later changes it again.
+        let stores = cpu.mem.code_stores.load(Ordering::Acquire);
+        let origin = &self.origins[block as usize];
+        let pa = self.blocks[block as usize].pa;
+        let same = cpu.mem.code_gen(pa) == origin.generation
+            && (origin.pa2 == 0 || cpu.mem.code_gen(origin.pa2) == origin.generation2);
+        if same || self.refresh(block, cpu) {
+            self.blocks[block as usize].checked = stores;
+            return true;
+        }
+        false
     }
 
     /// The page of `block` was written. Compares the bytes, and drops the block if they changed.
-    #[cold]
-    #[inline(never)]
-    pub fn refresh(&mut self, index: u32, cpu: &mut Cpu) -> bool {
+    fn refresh(&mut self, index: u32, cpu: &mut Cpu) -> bool {
         let (pa, pa2, bytes) = {
-            let block = &self.blocks[index as usize];
-            (block.pa, block.pa2, block.code.len())
+            let origin = &self.origins[index as usize];
+            let pa = self.blocks[index as usize].pa;
+            (pa, origin.pa2, origin.code.len())
         };
         let mut now = vec![0; bytes];
         let in_first = bytes.min((0x1000 - (pa & 0xfff)) as usize);
@@ -202,17 +257,17 @@ impl Cache {
             };
             Some((first, second))
         })();
-        let block = &mut self.blocks[index as usize];
+        let origin = &mut self.origins[index as usize];
         match generations {
-            Some((first, second)) if *block.code == *now => {
-                block.generation = first;
-                block.generation2 = second;
+            Some((first, second)) if *origin.code == *now => {
+                origin.generation = first;
+                origin.generation2 = second;
                 true
             }
             _ => {
-                let key = (block.pa, block.mode);
+                let key = (pa, origin.mode);
                 // Its old place may still be linked to; a generation that cannot come back keeps it from running.
-                block.generation = block.generation.wrapping_sub(1);
+                origin.generation = origin.generation.wrapping_sub(1);
                 if self.by_pa.get(&key) == Some(&index) {
                     self.by_pa.remove(&key);
                 }
@@ -234,6 +289,7 @@ impl Cache {
             self.clear();
         }
         cpu.counters.decoded += 1;
+        let checked = cpu.mem.code_stores.load(Ordering::Acquire);
         let page = (0x1000 - (pa & 0xfff)) as usize;
         let mut bytes = vec![0; page];
         let Some(generation) = cpu.watch_code(pa) else {
@@ -266,17 +322,20 @@ impl Cache {
         let index = self.blocks.len() as u32;
         bytes.truncate(decoded.bytes.into());
         self.blocks.push(Block {
-            first: first as u32,
-            uops: (self.uops.len() - first) as u32,
-            count: decoded.count.into(),
-            bytes: decoded.bytes.into(),
-            taken: decoded.taken,
+            checked,
             pa,
+            taken: decoded.taken,
+            first: first as u32,
+            bytes: decoded.bytes,
+            count: decoded.count,
+            crosses: pa2 != 0,
+            links: [UNLINKED; 2],
+        });
+        self.origins.push(Origin {
             generation,
             pa2,
             generation2,
             mode,
-            links: [UNLINKED; 2],
             code: bytes.into_boxed_slice(),
         });
         self.by_pa.insert((pa, mode), index);

@@ -134,6 +134,8 @@ fn blank(at: usize, end: usize, n: u8) -> Uop {
         ea: ea::FLAT,
         n,
         op: 0,
+        alu: super::exec::arith::NONE,
+        form: 0,
         size: 0,
         segment: state::DS as u8,
         asize: 8,

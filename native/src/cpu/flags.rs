@@ -166,6 +166,19 @@ impl Lazy {
         flags
     }
 
+    /// As BT leaves them: a new CF, ZF as it was. SF and PF stay too; OF and AF, which are undefined, are cleared.
+    #[inline(always)]
+    pub fn with_carry(&self, carry: u64) -> Lazy {
+        if self.kind == Kind::Bits {
+            return Lazy::bits(self.src & !CF | carry);
+        }
+        Lazy {
+            kind: Kind::Part,
+            src: carry,
+            ..*self
+        }
+    }
+
     /// Condition `C` of Jcc, SETcc, CMOVcc (low four bits of the opcode).
     #[inline(always)]
     pub fn cond<const C: u8>(&self) -> bool {

@@ -84,8 +84,9 @@ impl Cpu {
 
     // --- fast paths
 
+    /// A load through the TLB's pointer; `Err` (with nothing noted) if there is none for it.
     #[inline(always)]
-    pub fn load<T: Int>(&mut self, linear: u64) -> Result<T, Stop> {
+    pub fn load_fast<T: Int>(&mut self, linear: u64) -> Result<T, Stop> {
         let entry = &self.tlb.hot[Tlb::index(linear)];
         // The page of the last byte: an access that crosses pages does not match.
         if entry.read == linear.wrapping_add(T::BYTES - 1) & PAGE | self.tag {
@@ -94,19 +95,56 @@ impl Cpu {
             // taken back (`poll`).
             return Ok(unsafe { T::load(at) });
         }
-        self.load_slow(linear, T::BYTES as usize).map(T::from64)
+        Err(Stop)
+    }
+
+    #[inline(always)]
+    pub fn store_fast<T: Int>(&mut self, linear: u64, value: T) -> Result<(), Stop> {
+        let entry = &self.tlb.hot[Tlb::index(linear)];
+        if entry.write == linear.wrapping_add(T::BYTES - 1) & PAGE | self.tag {
+            let at = entry.host.wrapping_add(linear as usize) as *mut u8;
+            // SAFETY: as in `load_fast`, for writing.
+            unsafe { T::store(at, value) };
+            return Ok(());
+        }
+        Err(Stop)
+    }
+
+    #[inline(always)]
+    pub fn modify_fast<T: Int>(
+        &mut self,
+        linear: u64,
+        change: impl FnOnce(&mut Cpu, T) -> T,
+    ) -> Result<(), Stop> {
+        let entry = &self.tlb.hot[Tlb::index(linear)];
+        if entry.write == linear.wrapping_add(T::BYTES - 1) & PAGE | self.tag {
+            let at = entry.host.wrapping_add(linear as usize) as *mut u8;
+            // SAFETY: as in `store_fast`; `change` works on registers and never polls.
+            let old = unsafe { T::load(at) };
+            let new = change(self, old);
+            // SAFETY: as above.
+            unsafe { T::store(at, new) };
+            return Ok(());
+        }
+        Err(Stop)
+    }
+
+    // --- loads and stores, whatever it takes
+
+    #[inline(always)]
+    pub fn load<T: Int>(&mut self, linear: u64) -> Result<T, Stop> {
+        match self.load_fast(linear) {
+            Ok(value) => Ok(value),
+            Err(Stop) => self.load_slow(linear, T::BYTES as usize).map(T::from64),
+        }
     }
 
     #[inline(always)]
     pub fn store<T: Int>(&mut self, linear: u64, value: T) -> Result<(), Stop> {
-        let entry = &self.tlb.hot[Tlb::index(linear)];
-        if entry.write == linear.wrapping_add(T::BYTES - 1) & PAGE | self.tag {
-            let at = entry.host.wrapping_add(linear as usize) as *mut u8;
-            // SAFETY: as in `load`, for writing.
-            unsafe { T::store(at, value) };
-            return Ok(());
+        match self.store_fast(linear, value) {
+            Ok(()) => Ok(()),
+            Err(Stop) => self.store_slow(linear, value.to64(), T::BYTES as usize),
         }
-        self.store_slow(linear, value.to64(), T::BYTES as usize)
     }
 
     /// Read, change, write back; not atomic. Nothing is computed unless the write is known to be allowed.
@@ -118,13 +156,7 @@ impl Cpu {
     ) -> Result<(), Stop> {
         let entry = &self.tlb.hot[Tlb::index(linear)];
         if entry.write == linear.wrapping_add(T::BYTES - 1) & PAGE | self.tag {
-            let at = entry.host.wrapping_add(linear as usize) as *mut u8;
-            // SAFETY: as in `store`; `change` works on registers and never polls.
-            let old = unsafe { T::load(at) };
-            let new = change(self, old);
-            // SAFETY: as above.
-            unsafe { T::store(at, new) };
-            return Ok(());
+            return self.modify_fast(linear, change);
         }
         self.check_write(linear, T::BYTES as usize)?;
         let old = self.load::<T>(linear)?;
@@ -139,7 +171,11 @@ impl Cpu {
         linear: u64,
         mut change: impl FnMut(&mut Cpu, T) -> T,
     ) -> Result<T, Stop> {
-        let entry = &self.tlb.hot[Tlb::index(linear)];
+        let index = Tlb::index(linear);
+        if self.tlb.hot[index].write != linear & PAGE | self.tag {
+            self.pointer(linear, true)?;
+        }
+        let entry = &self.tlb.hot[index];
         if entry.write == linear & PAGE | self.tag && linear & (T::BYTES - 1) == 0 {
             let at = entry.host.wrapping_add(linear as usize) as *mut u8;
             // SAFETY: as in `modify`, and aligned.

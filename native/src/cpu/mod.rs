@@ -35,6 +35,7 @@ pub mod vmx_ctl;
 pub mod vmx_entry;
 pub mod vmx_exit;
 pub mod walk;
+pub mod way;
 
 pub use root::VmError;
 pub use run::Outcome;

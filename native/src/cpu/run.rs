@@ -2,12 +2,12 @@
 
 use std::sync::atomic::Ordering;
 
-use super::block::Cache;
+use super::block::{Cache, NONE};
 use super::decode::mode;
 use super::exception::Event;
 use super::flags::{RF, TF};
-use super::state::{block, Cpu, RunningCode, Stop, StopKind, BLOCK};
-use super::uop::{Flow, Ip, Uop};
+use super::state::{block, Cpu, Stop, StopKind, BLOCK};
+use super::uop::{Flow, Ip};
 use super::walk::access;
 
 /// Why the run loop returned.
@@ -23,6 +23,9 @@ pub enum Outcome {
 
 /// Instructions between two pauses.
 const SLICE: u64 = 50_000_000;
+
+/// Instructions between two looks at what other threads want.
+const LOOK: u64 = 256;
 
 /// How the loop goes on.
 enum Next {
@@ -56,109 +59,162 @@ impl Cpu {
     }
 
     fn run_loop(&mut self, cache: &mut Cache) -> Outcome {
-        // The block just executed, and the side it was left by.
-        let mut left: Option<(u32, usize, u64)> = None;
+        let mem = self.mem.clone();
+        // The block to run next, if it is known; and the block just left, with the side it was left by.
+        let mut next = NONE;
+        let mut left: Option<(u32, usize)> = None;
         loop {
-            self.poll();
-            if self.attention
-                || self.icount >= self.icount_stop
-                || self.shared.events.load(Ordering::Relaxed) != 0
-            {
-                left = None;
-                if let Next::Leave(outcome) = self.boundary() {
+            if self.icount >= self.look_at {
+                let before = (self.rip, self.code_space, self.mode);
+                if let Next::Leave(outcome) = self.look_around(cache) {
                     return outcome;
                 }
+                if before != (self.rip, self.code_space, self.mode) {
+                    next = NONE;
+                    left = None;
+                }
+                if self.icount >= self.look_at {
+                    continue;
+                }
             }
-            let era = cache.era;
-            let chained =
-                left.and_then(|(from, side, _)| cache.follow(from, side, self.code_space));
-            let index = match chained {
-                Some(index) if cache.fresh(index, &self.mem) => index,
-                _ => match self.next_block(cache, chained) {
-                    Some(index) => {
-                        if let (Some((from, side, page)), true) = (left, era == cache.era) {
-                            let same = page == self.rip & !0xfff;
-                            cache.link(from, side, index, same, self.code_space);
-                        }
-                        index
-                    }
-                    None => match self.stopped() {
-                        Next::Go => {
-                            left = None;
-                            continue;
-                        }
+            if next == NONE || !cache.fresh(next, mem.code_stores.load(Ordering::Acquire)) {
+                let era = cache.era;
+                let Some(found) = self.next_block(cache, next) else {
+                    next = NONE;
+                    left = None;
+                    match self.stopped() {
+                        Next::Go => continue,
                         Next::Leave(outcome) => return outcome,
-                    },
-                },
-            };
+                    }
+                };
+                if let (Some((from, side)), true) = (left, era == cache.era) {
+                    let same = (self.gpr[BLOCK] ^ self.rip) >> 12 == 0;
+                    cache.link(from, side, found, same, self.code_space);
+                }
+                next = found;
+            }
+            let index = next;
             let block = &cache.blocks[index as usize];
             self.gpr[BLOCK] = self.rip;
             self.code.pa = block.pa;
             self.code.len = block.bytes.into();
-            if block.pa2 != 0 {
-                let in_first = 0x1000 - (block.pa & 0xfff);
-                self.code = RunningCode {
-                    pa: block.pa,
-                    len: in_first,
-                    pa2: block.pa2,
-                    len2: u64::from(block.bytes) - in_first,
-                };
+            if block.crosses {
+                self.code = cache.running(index);
             }
-            let uops: &[Uop] =
-                &cache.uops[block.first as usize..(block.first + block.uops) as usize];
-            let ip = Ip::start(uops);
-            let stepping = self.step;
-            let (trap, shadow) = (
-                self.single_stepping(),
-                self.blocking & (block::STI | block::MOV_SS),
-            );
-            let page = self.rip & !0xfff;
-            let flow = (ip.op().run)(self, ip);
-            let mut completed = true;
-            match flow {
+            let (count, bytes, taken) =
+                (u64::from(block.count), u64::from(block.bytes), block.taken);
+            let ip = Ip::start(&cache.uops[block.first as usize..]);
+            match (ip.op().run)(self, ip) {
                 Flow::Next => {
-                    self.icount += u64::from(block.count);
-                    self.rip = self.ip_mask(self.gpr[BLOCK].wrapping_add(block.bytes.into()));
-                    left = Some((index, 0, page));
+                    self.icount += count;
+                    self.rip = self.ip_mask(self.gpr[BLOCK].wrapping_add(bytes));
+                    next = cache.follow(index, 0, self.code_space);
+                    left = Some((index, 0));
                 }
                 Flow::Taken => {
-                    self.icount += u64::from(block.count);
-                    self.rip = self.ip_mask(self.gpr[BLOCK].wrapping_add(block.taken));
-                    left = Some((index, 1, page));
+                    self.icount += count;
+                    self.rip = self.ip_mask(self.gpr[BLOCK].wrapping_add(taken));
+                    next = cache.follow(index, 1, self.code_space);
+                    left = Some((index, 1));
                 }
                 Flow::Jump => {
-                    self.icount += u64::from(block.count);
+                    self.icount += count;
+                    next = cache.jump(self.rip, self.code_space, self.mode);
                     left = None;
                 }
                 Flow::Stop => {
                     self.icount += u64::from(self.partial);
+                    next = NONE;
                     left = None;
-                    // An interrupted REP is synchronised too, but it is not complete.
-                    completed = self.stop == StopKind::Sync && self.partial == block.count;
-                    match self.stopped() {
-                        Next::Go => {}
-                        Next::Leave(outcome) => return outcome,
+                    if let Next::Leave(outcome) = self.stopped() {
+                        return outcome;
                     }
-                }
-            }
-            self.code.len2 = 0;
-            if stepping {
-                left = None;
-                if completed {
-                    self.stepped(trap, shadow);
                 }
             }
         }
     }
 
-    /// A block for RIP whose bytes are those in memory. `candidate`: one whose page was written.
+    /// Every [`LOOK`] instructions or when something is due: shootdowns, events, single steps.
+    #[cold]
     #[inline(never)]
-    fn next_block(&mut self, cache: &mut Cache, candidate: Option<u32>) -> Option<u32> {
-        let mut index = match candidate {
-            Some(index) => index,
-            None => self.find_block(cache)?,
+    fn look_around(&mut self, cache: &mut Cache) -> Next {
+        self.poll();
+        let due = self.attention
+            || self.icount >= self.icount_stop
+            || self.shared.events.load(Ordering::Relaxed) != 0;
+        if due {
+            if let Next::Leave(outcome) = self.boundary() {
+                return Next::Leave(outcome);
+            }
+        }
+        if self.step {
+            return self.single(cache);
+        }
+        self.look_at = if self.attention {
+            // What is due cannot be done now: look again behind the next block.
+            self.icount + 1
+        } else {
+            self.icount_stop.clamp(self.icount + 1, self.icount + LOOK)
         };
-        while !cache.fresh(index, &self.mem) && !cache.refresh(index, self) {
+        Next::Go
+    }
+
+    fn set_look(&mut self) {
+        self.look_at = if self.attention || self.step {
+            0
+        } else {
+            self.icount_stop.min(self.icount + LOOK)
+        };
+    }
+
+    /// One instruction, alone: after a store into the running block, in a shadow, or with a trap to follow.
+    fn single(&mut self, cache: &mut Cache) -> Next {
+        let Some(index) = self.next_block(cache, NONE) else {
+            return self.stopped();
+        };
+        let block = cache.blocks[index as usize];
+        self.gpr[BLOCK] = self.rip;
+        self.code = cache.running(index);
+        let trap = self.single_stepping();
+        let shadow = self.blocking & (block::STI | block::MOV_SS);
+        let ip = Ip::start(&cache.uops[block.first as usize..]);
+        let flow = (ip.op().run)(self, ip);
+        let mut completed = true;
+        match flow {
+            Flow::Next => self.rip = self.ip_mask(self.gpr[BLOCK].wrapping_add(block.bytes.into())),
+            Flow::Taken => self.rip = self.ip_mask(self.gpr[BLOCK].wrapping_add(block.taken)),
+            Flow::Jump => {}
+            Flow::Stop => {
+                // An interrupted REP is synchronised too, but it is not complete.
+                completed = self.stop == StopKind::Sync && self.partial == u32::from(block.count);
+                if !completed {
+                    self.icount += u64::from(self.partial);
+                    return self.stopped();
+                }
+            }
+        }
+        if completed {
+            self.icount += u64::from(block.count);
+            self.flags &= !RF;
+            self.blocking &= !shadow;
+            self.step = false;
+            self.trap_after(trap);
+            self.plan();
+        }
+        Next::Go
+    }
+
+    /// A block for RIP whose bytes are those in memory. `candidate`: one that was not checked lately, or `NONE`.
+    #[inline(never)]
+    fn next_block(&mut self, cache: &mut Cache, candidate: u32) -> Option<u32> {
+        let mut index = if candidate == NONE {
+            self.find_block(cache)?
+        } else {
+            candidate
+        };
+        while !cache.fresh(index, self.mem.code_stores.load(Ordering::Acquire))
+            && !cache.check(index, self)
+        {
             // Forgets what the jump table knows about the block.
             self.code_space += 1;
             index = self.find_block(cache)?;
@@ -170,8 +226,9 @@ impl Cpu {
     fn find_block(&mut self, cache: &mut Cache) -> Option<u32> {
         self.counters.lookups += 1;
         let mode = self.mode | if self.step { mode::STEP } else { 0 };
-        if let Some(index) = cache.jump(self.rip, self.code_space, mode) {
-            return Some(index);
+        let known = cache.jump(self.rip, self.code_space, mode);
+        if known != NONE {
+            return Some(known);
         }
         let linear = self.fetch_linear()?;
         let pa = self
@@ -180,7 +237,7 @@ impl Cpu {
             .ok()?;
         let index = match cache.find(pa, mode) {
             Some(index) => {
-                let second = cache.blocks[index as usize].pa2;
+                let second = cache.second_page(index);
                 if second != 0 && self.second_page(linear).ok()? != second {
                     self.decode(cache, linear, pa, mode)?
                 } else {
@@ -260,6 +317,7 @@ impl Cpu {
             }
             StopKind::Restart => {
                 self.step = true;
+                self.set_look();
                 Next::Go
             }
             StopKind::Escape { hook } => {
@@ -277,16 +335,6 @@ impl Cpu {
         }
     }
 
-    /// An instruction that was executed alone is complete. `trap`: TF was set before it; `shadow`: blocking that was
-    /// in force for it.
-    fn stepped(&mut self, trap: bool, shadow: u32) {
-        self.flags &= !RF;
-        self.blocking &= !shadow;
-        self.step = false;
-        self.trap_after(trap);
-        self.plan();
-    }
-
     /// Works out whether the next boundary has anything to do, and whether the next instruction must stand alone.
     pub fn plan(&mut self) {
         self.attention = self.work_pending();
@@ -297,6 +345,7 @@ impl Cpu {
             || self.blocking & (block::STI | block::MOV_SS) != 0
             || self.ctl.primary(super::vmx_ctl::primary::MTF);
         self.plan_timers();
+        self.set_look();
     }
 
     /// A time to look around: boundary work that is due now.

@@ -296,8 +296,10 @@ pub struct Cpu {
     pub flags: u64,
     /// Instructions retired before the running block.
     pub icount: u64,
-    /// `icount` at which the run loop must look around (timers).
+    /// `icount` at which time makes something happen.
     pub icount_stop: u64,
+    /// `icount` at which the run loop looks around next; 0: at once.
+    pub look_at: u64,
     pub stop: StopKind,
     pub cpl: u8,
     /// 64-bit code segment in long mode.
@@ -425,6 +427,7 @@ impl Cpu {
             flags: 2,
             icount: 0,
             icount_stop: 0,
+            look_at: 0,
             stop: StopKind::None,
             cpl: 0,
             long: false,

@@ -51,6 +51,9 @@ pub struct Uop {
     /// Instructions before this one in its block.
     pub n: u8,
     pub op: u8,
+    /// For fusion with a branch: operation and operand form (see `exec::arith`).
+    pub alu: u8,
+    pub form: u8,
     /// Operand size in bytes.
     pub size: u8,
     /// Segment register of the memory operand (for #SS, limits).
@@ -78,10 +81,13 @@ impl Uop {
 pub struct Ip<'a>(*const Uop, PhantomData<&'a [Uop]>);
 
 impl<'a> Ip<'a> {
-    /// Start of a block. The caller promises what [`Ip::next`] needs: the last instruction `ends`.
-    pub fn start(block: &'a [Uop]) -> Ip<'a> {
-        assert!(block.last().is_some_and(|uop| uop.ends));
-        Ip(block.as_ptr(), PhantomData)
+    /// Start of the block at the head of `uops`. The decoder closed it with an instruction that `ends`: that is what
+    /// [`Ip::next`] needs.
+    #[inline(always)]
+    pub fn start(uops: &'a [Uop]) -> Ip<'a> {
+        debug_assert!(uops.iter().any(|uop| uop.ends));
+        assert!(!uops.is_empty());
+        Ip(uops.as_ptr(), PhantomData)
     }
 
     #[inline(always)]
@@ -94,7 +100,7 @@ impl<'a> Ip<'a> {
     #[inline(always)]
     pub fn next(self, cpu: &mut Cpu) -> Flow {
         // SAFETY: only handlers of instructions that do not end a block call this, and the decoder closes every
-        // block with one that does (`Ip::start` checks it), so there is a next one. Not checking again here is
+        // block with one that does, so there is a next one. Not checking again here is
         // worth a tenth of the interpreter's speed.
         let next = Ip(unsafe { self.0.add(1) }, PhantomData);
         (next.op().run)(cpu, next)

@@ -114,6 +114,8 @@ pub struct Memory {
     /// The highest time-stamp that a processor of this platform has shown: none shows a lower one later. It stands
     /// here because the memory is what the processors of a platform have in common.
     pub tsc: AtomicU64,
+    /// Changes with every generation of any code page: while it stands still, nothing decoded is stale.
+    pub code_stores: AtomicU64,
 }
 
 /// `Memory` is shared between threads; this fails to compile if a part of it cannot be.
@@ -135,6 +137,7 @@ impl Memory {
             address_bits: config.address_bits(),
             address_mask: (1 << config.address_bits()) - 1,
             tsc: AtomicU64::new(0),
+            code_stores: AtomicU64::new(0),
         })
     }
 

@@ -257,6 +257,7 @@ impl<'m> Locked<'m> {
     fn first_store(&mut self) {
         if self.word & CODE != 0 {
             self.page.code.fetch_add(1, Ordering::Release);
+            self.mem.code_stores.fetch_add(1, Ordering::Release);
         }
         self.word = self.word & !CODE | DIRTY;
         self.page.touch();

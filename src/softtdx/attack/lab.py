@@ -29,7 +29,7 @@ __all__ = [
     "run_attack",
 ]
 
-_FAMILIES = ("memory",)
+_FAMILIES = ("memory", "mapping")
 _registry: dict[str, "Attack"] = {}
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 
 from softtdx._silicon import Memory
+from softtdx.abi.ghci import VmcallLeaf
 from softtdx.attack.lab import Observation, Outcome, Side
 from softtdx.hw import PlatformDescription, preset
 from softtdx.kvm import Host
@@ -19,13 +20,14 @@ from softtdx.vmm import GuestError, MachineConfig
 from softtdx.vmm.boot import boot_host
 from softtdx.vmm.python_guest import PythonGuest, Td
 
-__all__ = ["LINE", "PAGE", "SECRET", "SECRET_GPA", "SPARE_GPA", "Scene", "Seen", "Victim"]
+__all__ = ["LINE", "PAGE", "SECRET", "SECRET_GPA", "SPARE_GPA", "Scene", "Seen", "Victim", "judge"]
 
 LINE = 64
 SECRET_GPA = 0x40_000
 SPARE_GPA = 0x50_000
 SECRET = hashlib.shake_256(b"what only the guest knows").digest(PAGE)
 _MEMORY = 1 << 20
+_ALL_CONTEXTS = 2
 _ENOUGH = 16  # bytes of the secret in a row: by chance they occur nowhere
 
 
@@ -45,12 +47,12 @@ class Seen:
 class Victim:
     """A guest with the secret at SECRET_GPA, stopped between two instructions."""
 
-    def __init__(self, guest: PythonGuest, td: Td) -> None:
+    def __init__(self, guest: PythonGuest, td: Td, secret: bytes = SECRET) -> None:
         """Accepts (in a TD) and fills its page."""
         self.machine = guest.machine
         self.td = td
         self.touch(SECRET_GPA)
-        td.write(SECRET_GPA, SECRET)
+        td.write(SECRET_GPA, secret)
 
     def touch(self, gpa: int) -> None:
         """Have a page mapped and zero."""
@@ -70,6 +72,17 @@ class Victim:
         slot = vm.memslots.find(gpa)
         assert slot is not None
         return self.machine.kvm.mm.get_page(slot.hva(gpa)) + offset
+
+    def flush(self) -> None:
+        """INVEPT on the processor that the victim stands on."""
+        self.td.processor.core.invept(_ALL_CONTEXTS, 0)
+
+    def leave(self) -> None:
+        """Let the guest exit once, as a kick does."""
+        if self.td.is_td:
+            self.td.tdvmcall(VmcallLeaf.GET_TDVMCALL_INFO)
+        else:
+            self.td.cpuid(0)
 
     def tdx(self) -> TdxVm:
         """KVM's side of the TD."""
@@ -106,7 +119,8 @@ class Scene:
     @property
     def description(self) -> PlatformDescription:
         """The machine of this side."""
-        d = preset("spr")
+        # Two guests may stand between two instructions at once, and the attacker needs a processor of his own.
+        d = replace(preset("spr"), lps=4)
         return d if self.protected else replace(d, integrity="none", tme=not self.bare_dram)
 
     @property

@@ -52,10 +52,15 @@ def _cpu(runs: int) -> Iterator[Figure]:
 
 def _seamcall(runs: int) -> Iterator[Figure]:
     from softtdx.kvm.bench import bench_page_aug, bench_seamcall
+    from softtdx.kvm.bench_leaves import bench_leaves
 
     host = boot_host()
     yield from _figures("seamcall", runs, "us", partial(bench_seamcall, host), {"us_per_call": "empty leaf"})
     yield from _figures("seamcall", runs, "us", partial(bench_page_aug, host), {"us_per_page": "MEM.PAGE.AUG 4K"})
+    results = [bench_leaves(host) for _ in range(runs)]
+    for leaf in results[0]:
+        values = [result[leaf] for result in results]
+        yield Figure("seamcall", leaf, median(values), "us", min(values), max(values), runs)
 
 
 def _build(runs: int) -> Iterator[Figure]:
@@ -138,7 +143,7 @@ def bench(suites: tuple[str, ...], runs: int, vs: str | None, as_json: bool) -> 
         with console.status(f"measuring {suite} ..."):
             figures.extend(_SUITES[suite](runs))
             if suite == "boot" and vs is not None:
-                figures.extend(_qemu(runs, figures))
+                figures.extend(_qemu(runs, [f for f in figures if f.suite == suite]))
     if as_json:
         machine = {"machine": host_platform.machine(), "python": host_platform.python_version(), "cpus": os.cpu_count()}
         click.echo(json.dumps({**machine, "figures": [asdict(figure) for figure in figures]}))

@@ -16,7 +16,7 @@ from softtdx.kvm.tdx import TdxVm
 from softtdx.kvm.uapi import TdxInitMemRegion, TdxInitVm
 from softtdx.kvm.vm import Vm
 
-__all__ = ["bench_page_aug", "bench_seamcall", "bench_td_build"]
+__all__ = ["bench_page_aug", "bench_seamcall", "bench_td_build", "small_td"]
 
 _MIB = 1 << 20
 
@@ -34,7 +34,7 @@ def bench_seamcall(host: Host, count: int = 5000) -> dict[str, float]:
 
 def bench_page_aug(host: Host, pages: int = 2048) -> dict[str, float]:
     """TDH.MEM.PAGE.AUG of 4 KiB pages into a TD, with the S-EPT pages that they need. Microseconds a page."""
-    kvm, vm = _td(host, pages * PAGE)
+    kvm, vm = small_td(host, pages * PAGE)
     try:
         ops = vm.ops
         assert isinstance(ops, TdxVm)
@@ -57,7 +57,7 @@ def bench_page_aug(host: Host, pages: int = 2048) -> dict[str, float]:
 def bench_td_build(host: Host, mib: int = 2) -> dict[str, float]:
     """A TD from nothing to FINALIZE with `mib` MiB of measured memory, and its teardown. Seconds."""
     start = perf_counter()
-    kvm, vm = _td(host, mib * _MIB)
+    kvm, vm = small_td(host, mib * _MIB)
     vcpu = vm.create_vcpu(0)
     vcpu.memory_encrypt_op(TdxCommand.INIT_VCPU, 0)
     source = kvm.mm.mmap(mib * _MIB)
@@ -77,7 +77,7 @@ def bench_td_build(host: Host, mib: int = 2) -> dict[str, float]:
     }
 
 
-def _td(host: Host, size: int) -> tuple[Kvm, Vm]:
+def small_td(host: Host, size: int) -> tuple[Kvm, Vm]:
     """A TD with one slot of private memory at GPA 0, initialised."""
     kvm = Kvm(host)
     vm = kvm.create_vm(KVM_X86_TDX_VM)

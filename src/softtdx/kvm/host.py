@@ -25,3 +25,9 @@ class Host:
             tdx.enable(release)
             self.tdx = tdx
         return self.tdx
+
+    def disable_tdx(self) -> None:
+        """Take TDX down, as before the machine is handed to another kernel (kexec). EBUSY while a TD has a KeyID."""
+        if self.tdx is not None:
+            self.tdx.shut_down()
+            self.tdx = None

@@ -53,6 +53,10 @@ class SecureEpt:
         large = self._leaves[1].get(gpa & ~(sept.level_size(1) - 1))
         return large or self._leaves[0].get(gpa & ~(PAGE - 1))
 
+    def table_page(self, gpa: int, level: int) -> int | None:
+        """The S-EPT page that the entry of `gpa` at `level` (1 to 4) leads to."""
+        return self._tables.get((level, gpa & ~(sept.level_size(level) - 1)))
+
     def may_map(self, gpa: int, level: int) -> bool:
         """Whether the entry of `gpa` at `level` is still empty in the mirror."""
         base = gpa & ~(sept.level_size(level) - 1)

@@ -39,7 +39,7 @@ class AddressSpace:
             size = self._mappings.pop(address, None)
             if size is None:
                 raise KvmError(errno.EINVAL, f"nothing is mapped at {address:#x}")
-            pages = [self._pages.pop(hva) for hva in range(address, address + size, PAGE) if hva in self._pages]
+            pages = self._drop(address, address + size)
         for pa in pages:
             self._memory.free(pa)
 
@@ -62,7 +62,7 @@ class AddressSpace:
     def discard(self, hva: int, length: int) -> None:
         """madvise(MADV_DONTNEED): free the pages, which no VM maps any more; the next access sees zeroes."""
         with self._lock:
-            pages = [self._pages.pop(page) for page in range(hva, hva + length, PAGE) if page in self._pages]
+            pages = self._drop(hva, hva + length)
         for pa in pages:
             self._memory.free(pa)
 
@@ -82,6 +82,14 @@ class AddressSpace:
             count = min(len(data) - at, PAGE - hva % PAGE)
             self._memory.write(self.get_page(hva) + hva % PAGE, data[at : at + count])
             hva, at = hva + count, at + count
+
+    def _drop(self, start: int, end: int) -> list[int]:
+        """Forget the pages of a range, which may be much larger than what is resident."""
+        if (end - start) // PAGE > len(self._pages):
+            doomed = [hva for hva in self._pages if start <= hva < end]
+        else:
+            doomed = [hva for hva in range(start, end, PAGE) if hva in self._pages]
+        return [self._pages.pop(hva) for hva in doomed]
 
     def resident_pages(self) -> int:
         """How many pages are faulted in."""

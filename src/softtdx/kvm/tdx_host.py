@@ -129,6 +129,26 @@ class TdxHost:
         private = self.platform.description.private_keyids
         self._free_keyids = list(private[1:])
 
+    def shut_down(self) -> None:
+        """SEAMLDR.SHUTDOWN on every processor, then clear the PAMTs: nothing is left under a private KeyID.
+
+        KvmError(EBUSY) while a TD exists. Pages that a TD had leaked are recovered too: their owner is gone.
+        """
+        if self.free_keyids != len(self.platform.description.private_keyids) - 1:
+            raise KvmError(errno.EBUSY, "TDX cannot be shut down while a TD has a KeyID")
+        for lp in reversed(self.cpus.lps):  # the processor that launched the loader comes last
+            regs = self.cpus.call_on(lp.index, lambda cpu: cpu.seamcall(Registers(rax=SeamldrLeaf.SHUTDOWN)))
+            if regs.rax:
+                raise KvmError(errno.EIO, f"SEAMLDR.SHUTDOWN failed: {SeamldrStatus(regs.rax).name}")
+        pages = list(self.memory.leaked())
+        with self.cpus.run() as lp:
+            for page in pages:
+                lp.zero_page(page)
+        for page in pages:
+            self.memory.take_from_tdx(page)
+            self.memory.free(page)
+        self.tdmrs.clear()
+
     def _step(self, name: str, action: "_Action") -> None:
         start = perf_counter()
         action()

@@ -15,6 +15,7 @@ from softtdx.kvm.errors import KvmError
 from softtdx.kvm.lapic import NOTIFICATION_VECTOR
 from softtdx.kvm.memory import PAGE
 from softtdx.kvm.mmu import Fault, pre_fault_private, private_fault, shared_fault
+from softtdx.kvm.page_moves import promote_ready
 from softtdx.kvm.tdvmcall import handle_tdvmcall
 from softtdx.kvm.tdx import TdState, TdxVm
 from softtdx.kvm.uapi import CpuidEntry, TdxInitMemRegion
@@ -218,7 +219,10 @@ class TdxVcpu(VcpuOps):
 
     def handle_exit(self, lp: LogicalProcessor) -> bool:
         """Answer a TD exit; False to go to user space."""
-        regs, stats = self.regs, self.vcpu.vm.stats
+        regs, vm, stats = self.regs, self.vcpu.vm, self.vcpu.vm.stats
+        if self.td.secure.promotable:
+            with vm.mmu_lock:
+                promote_ready(vm, lp, self.td.secure)
         rax = regs.rax
         if rax & _ERROR:
             if status_of(rax) in sc.BUSY:
@@ -235,6 +239,7 @@ class TdxVcpu(VcpuOps):
         if reason in (ExitReason.EXTERNAL_INTERRUPT, ExitReason.EXCEPTION_OR_NMI, ExitReason.OTHER_SMI):
             return True
         if reason == ExitReason.TRIPLE_FAULT:
+            self.vcpu.kvm_run.detail = "the TD took a triple fault"
             return self.vcpu.exit_to_user(KvmExit.SHUTDOWN)
         return self._internal_error(f"TD exit {_NAMES.get(reason, reason)}, qualification {regs.rcx:#x}")
 
@@ -264,8 +269,9 @@ class TdxVcpu(VcpuOps):
         if kind == ExtendedQualification.PENDING_EPT_VIOLATION:
             self.vcpu.vm.mark_dead()
             return self._internal_error(f"the TD touched private memory at {gpa:#x} before accepting it")
-        level = extended >> _REQUESTED_LEVEL & 7 if kind == ExtendedQualification.ACCEPT else 0
-        fault = private_fault(vcpu, lp, self.td.secure, gpa, level)
+        accept = kind == ExtendedQualification.ACCEPT
+        level = extended >> _REQUESTED_LEVEL & 7 if accept else 0
+        fault = private_fault(vcpu, lp, self.td.secure, gpa, level, accept=accept)
         if fault is Fault.NO_MEMORY:
             return self._internal_error(f"the TD touched private memory at {gpa:#x}, where it has none")
         return fault is Fault.FIXED

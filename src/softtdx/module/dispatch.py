@@ -5,6 +5,7 @@ leaf known. A table for each state of the module holds the leaves that may run i
 good call costs one look-up.
 """
 
+from itertools import count
 from typing import Final
 
 from softtdx.abi.leaves import RAX_RESERVED, SeamcallLeaf, split_rax
@@ -47,6 +48,7 @@ class TdxModule:
         """`sysinfo`: the SYS_INFO_TABLE that the loader wrote (4 KiB). `cpu`: the processor that finished the load."""
         self.g = GlobalState(sysinfo)
         self._calls: dict[int, Call] = {}
+        self._next_serial = count(1).__next__
         self._tables = {state: _table_for(state) for state in SysState}
         self._table = self._tables[SysState.INIT_PENDING]
         del cpu
@@ -58,6 +60,7 @@ class TdxModule:
             call = self._calls.setdefault(cpu.index, Call(self, self.g, cpu))
         call.regs = regs
         call.busy = True  # before the state is looked at: TDH.SYS.SHUTDOWN sets the state, then looks who is busy
+        call.serial = self._next_serial()
         rax = regs.rax
         handler = self._table.get(rax)
         try:

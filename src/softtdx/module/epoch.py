@@ -9,14 +9,16 @@ import struct
 from typing import Final
 
 from softtdx.abi import opstate
-from softtdx.abi.status import Operand, Status
+from softtdx.abi.status import Status
 
 from . import tdcs
 from .errors import LeafError
+from .ids import TD_EPOCH
 from .td import EXCLUSIVE, LockId, Td
 
 _TRACKING_STATES: Final = frozenset(int(state) for state in opstate.TLB_TRACKING_REQUIRED)
 _EPOCH: Final = struct.Struct("<Q2H")
+_EPOCH_LOCK: Final = LockId.EPOCH
 _MIGRATION_FLAG: Final = 1 << 63  # BEPOCH holds a migration epoch
 
 
@@ -43,7 +45,7 @@ def is_tracked(td: Td, bepoch: int) -> bool:
 
 def advance(td: Td) -> None:
     """TDH.MEM.TRACK: begin the next epoch. LeafError OPERAND_BUSY TD_EPOCH, PREVIOUS_TLB_EPOCH_BUSY."""
-    td.lock(LockId.EPOCH, EXCLUSIVE, Operand.TD_EPOCH)
+    td.lock(_EPOCH_LOCK, EXCLUSIVE, TD_EPOCH)
     cpu = td.call.cpu
     epoch, even, odd = _EPOCH.unpack(cpu.read(td.p0 + tdcs.TD_EPOCH, _EPOCH.size))
     if even if epoch & 1 else odd:

@@ -8,7 +8,6 @@ import struct
 from enum import IntEnum
 from typing import Final
 
-from softtdx.abi.leaves import SeamcallLeaf
 from softtdx.abi.opstate import HOST_MASKS, LifecycleState, OpState
 from softtdx.abi.status import Operand, Status
 
@@ -16,6 +15,7 @@ from . import tdcs, tdr
 from .atomics import add64
 from .context import Call
 from .errors import LeafError
+from .ids import OP_STATE, RCX
 from .locks import EXCLUSIVE, SHARED
 from .pamt import PageType, PamtPage, lock_implicit, lock_page
 
@@ -43,6 +43,9 @@ class LockId(IntEnum):
     SERVTD_BINDINGS = 12
     MIGRATION = 13
     X2APIC = 14
+
+
+_OP_STATE_LOCK: Final = int(LockId.OP_STATE)
 
 
 class Td:
@@ -150,12 +153,12 @@ class Td:
         return pa | self.key_bits
 
 
-def open_tdr(call: Call, pa: int, operand: int = Operand.RCX, exclusive: bool = SHARED, *, guest: bool = False) -> Td:
+def open_tdr(call: Call, pa: int, operand: int = RCX, exclusive: bool = SHARED, *, guest: bool = False) -> Td:
     """Check and lock a TDR operand and read it; nothing is checked of the TD's state."""
     return Td(call, pa, lock_page(call, pa, TDR_PAGE, exclusive, operand, guest=guest))
 
 
-def check_op_state(call: Call, td: Td, leaf: SeamcallLeaf | None, op_lock: bool | None, *, guest: bool = False) -> None:
+def check_op_state(call: Call, td: Td, leaf: int | None, op_lock: bool | None, *, guest: bool = False) -> None:
     """FATAL, keys, TDCS, then the OP_STATE lock (`op_lock`: SHARED, EXCLUSIVE or NO_LOCK) and OP_STATE by leaf."""
     if td.fatal:
         raise LeafError(Status.TD_FATAL)
@@ -164,7 +167,7 @@ def check_op_state(call: Call, td: Td, leaf: SeamcallLeaf | None, op_lock: bool 
     if td.num_tdcx < tdcs.PAGES_BASE:
         raise LeafError(Status.TDCS_NOT_ALLOCATED)
     if op_lock is not None:
-        call.lock(td.pa | LockId.OP_STATE, op_lock, Operand.OP_STATE, guest=guest)
+        call.lock(td.pa | _OP_STATE_LOCK, op_lock, OP_STATE, guest=guest)
     td.op_state = state = call.cpu.rd32(td.p0 + tdcs.OP_STATE)
     if leaf is not None and not HOST_MASKS.get(leaf, ANY_STATE) >> state & 1:
         raise LeafError(Status.OP_STATE_INCORRECT, state)
@@ -173,8 +176,8 @@ def check_op_state(call: Call, td: Td, leaf: SeamcallLeaf | None, op_lock: bool 
 def open_td(
     call: Call,
     pa: int,
-    leaf: SeamcallLeaf,
-    operand: int = Operand.RCX,
+    leaf: int,
+    operand: int = RCX,
     exclusive: bool = SHARED,
     op_lock: bool | None = SHARED,
 ) -> Td:

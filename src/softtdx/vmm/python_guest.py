@@ -208,6 +208,13 @@ class Td:
             else:
                 self.outb(0x3F8, byte)
 
+    @property
+    def processor(self) -> LogicalProcessor:
+        """The logical processor that the vCPU stands on, between two of its instructions."""
+        self._core()
+        assert self._lp is not None
+        return self._lp
+
     # --- how an instruction is executed
     def _core(self) -> Core:
         if self._lp is None:

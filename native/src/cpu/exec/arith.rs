@@ -1,13 +1,16 @@
 //! ADD to CMP, TEST, INC, DEC, NEG, NOT, XADD, CMPXCHG and its 8- and 16-byte forms.
 
+use std::marker::PhantomData;
+
 use iced_x86::{Code, Instruction, Mnemonic, OpKind};
 
-use crate::by_size;
 use crate::cpu::decode::{gpr, immediate, operand_size};
 use crate::cpu::flags::{Kind, Lazy, AF, CF, OF, ZF};
 use crate::cpu::int::{lazy, Int};
-use crate::cpu::state::{Cpu, RAX, RBX, RCX, RDX};
+use crate::cpu::state::{Cpu, Stop, RAX, RBX, RCX, RDX};
 use crate::cpu::uop::{step, Flow, Handler, Ip, Uop};
+use crate::cpu::way::{fused, quick, Op, Way};
+use crate::{by_size, by_size_based};
 
 const ADD: u8 = 0;
 const OR: u8 = 1;
@@ -18,6 +21,11 @@ const SUB: u8 = 5;
 const XOR: u8 = 6;
 const CMP: u8 = 7;
 const TEST: u8 = 8;
+
+const UNARY_INC: u8 = 9;
+const UNARY_DEC: u8 = 10;
+/// `Uop::alu` of what is not of this family, or does not fuse.
+pub const NONE: u8 = 0xff;
 
 // Operand forms: destination, source.
 const RR: u8 = 0;
@@ -76,16 +84,19 @@ const fn writes(op: u8) -> bool {
     op != CMP && op != TEST
 }
 
-fn alu<T: Int, const OP: u8, const FORM: u8>(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
-    step(cpu, ip, |cpu, u| {
+/// ADD to CMP and TEST in one operand form. `B`: the address is simple.
+pub struct Alu<T, const OP: u8, const FORM: u8, const B: bool>(PhantomData<T>);
+impl<T: Int, const OP: u8, const FORM: u8, const B: bool> Op for Alu<T, OP, FORM, B> {
+    #[inline(always)]
+    fn run<W: Way>(cpu: &mut Cpu, u: &Uop) -> Result<(), Stop> {
         match FORM {
             RR | RI | RM => {
                 let b = match FORM {
                     RR => T::get(cpu, u.src),
                     RI => T::from64(u.imm),
                     _ => {
-                        let at = cpu.ea(u)?;
-                        cpu.load::<T>(at)?
+                        let at = cpu.address::<W, B>(u)?;
+                        cpu.load_by::<T, W>(at)?
                     }
                 };
                 let a = T::get(cpu, u.dst);
@@ -93,24 +104,24 @@ fn alu<T: Int, const OP: u8, const FORM: u8>(cpu: &mut Cpu, ip: Ip<'_>) -> Flow 
                 if writes(OP) {
                     T::set(cpu, u.dst, res);
                 }
+                Ok(())
             }
             _ => {
-                let at = cpu.ea(u)?;
+                let at = cpu.address::<W, B>(u)?;
                 let b = if FORM == MI {
                     T::from64(u.imm)
                 } else {
                     T::get(cpu, u.src)
                 };
                 if writes(OP) {
-                    cpu.modify::<T>(at, |cpu, a| operate::<T, OP>(cpu, a, b))?;
-                } else {
-                    let a = cpu.load::<T>(at)?;
-                    operate::<T, OP>(cpu, a, b);
+                    return cpu.modify_by::<T, W>(at, |cpu, a| operate::<T, OP>(cpu, a, b));
                 }
+                let a = cpu.load_by::<T, W>(at)?;
+                operate::<T, OP>(cpu, a, b);
+                Ok(())
             }
         }
-        Ok(())
-    })
+    }
 }
 
 fn alu_locked<T: Int, const OP: u8>(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
@@ -140,6 +151,7 @@ fn zero<T: Int>(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
     })
 }
 
+#[inline(always)]
 fn one_operand<T: Int>(cpu: &mut Cpu, op: u8, a: T) -> T {
     match op {
         0 => {
@@ -163,25 +175,37 @@ fn one_operand<T: Int>(cpu: &mut Cpu, op: u8, a: T) -> T {
     }
 }
 
-fn unary<T: Int, const OP: u8>(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
+/// INC, DEC, NEG, NOT of a register.
+pub struct Unary<T, const OP: u8>(PhantomData<T>);
+impl<T: Int, const OP: u8> Op for Unary<T, OP> {
+    #[inline(always)]
+    fn run<W: Way>(cpu: &mut Cpu, u: &Uop) -> Result<(), Stop> {
+        let a = T::get(cpu, u.dst);
+        let res = one_operand(cpu, OP, a);
+        T::set(cpu, u.dst, res);
+        Ok(())
+    }
+}
+
+/// The same of memory.
+struct UnaryM<T, const OP: u8, const B: bool>(PhantomData<T>);
+impl<T: Int, const OP: u8, const B: bool> Op for UnaryM<T, OP, B> {
+    #[inline(always)]
+    fn run<W: Way>(cpu: &mut Cpu, u: &Uop) -> Result<(), Stop> {
+        let at = cpu.address::<W, B>(u)?;
+        cpu.modify_by::<T, W>(at, |cpu, a| one_operand(cpu, OP, a))
+    }
+}
+
+fn unary_locked<T: Int, const OP: u8>(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
     step(cpu, ip, |cpu, u| {
-        if !u.mem {
-            let a = T::get(cpu, u.dst);
-            let res = one_operand(cpu, OP, a);
-            T::set(cpu, u.dst, res);
-            return Ok(());
-        }
         let at = cpu.ea(u)?;
-        if u.lock {
-            let before = cpu.cc;
-            cpu.modify_locked::<T>(at, |cpu, a| {
-                cpu.cc = before;
-                one_operand(cpu, OP, a)
-            })?;
-            Ok(())
-        } else {
-            cpu.modify::<T>(at, |cpu, a| one_operand(cpu, OP, a))
-        }
+        let before = cpu.cc;
+        cpu.modify_locked::<T>(at, |cpu, a| {
+            cpu.cc = before;
+            one_operand(cpu, OP, a)
+        })?;
+        Ok(())
     })
 }
 
@@ -311,13 +335,114 @@ fn alu_handler<const OP: u8>(form: u8, uop: &Uop) -> Handler {
     if uop.lock {
         return by_size!(size, alu_locked, OP);
     }
-    match form {
-        RR => by_size!(size, alu, OP, RR),
-        RI => by_size!(size, alu, OP, RI),
-        RM => by_size!(size, alu, OP, RM),
-        MR => by_size!(size, alu, OP, MR),
-        _ => by_size!(size, alu, OP, MI),
+    macro_rules! register_form {
+        ($form:tt) => {
+            match size {
+                1 => quick::<Alu<u8, OP, $form, false>> as Handler,
+                2 => quick::<Alu<u16, OP, $form, false>>,
+                4 => quick::<Alu<u32, OP, $form, false>>,
+                _ => quick::<Alu<u64, OP, $form, false>>,
+            }
+        };
     }
+    match form {
+        RR => register_form!(RR),
+        RI => register_form!(RI),
+        RM => by_size_based!(uop, size, Alu, OP, RM),
+        MR => by_size_based!(uop, size, Alu, OP, MR),
+        _ => by_size_based!(uop, size, Alu, OP, MI),
+    }
+}
+
+/// Handler for INC, DEC, NEG, NOT.
+fn unary_handler<const OP: u8>(uop: &Uop) -> Handler {
+    if uop.mem && uop.lock {
+        return by_size!(uop.size, unary_locked, OP);
+    }
+    if uop.mem {
+        return by_size_based!(uop, uop.size, UnaryM, OP);
+    }
+    match uop.size {
+        1 => quick::<Unary<u8, OP>>,
+        2 => quick::<Unary<u16, OP>>,
+        4 => quick::<Unary<u32, OP>>,
+        _ => quick::<Unary<u64, OP>>,
+    }
+}
+
+/// The handler of an instruction of this family fused with a conditional jump behind it; `None` if there is none.
+pub fn fuse(uop: &Uop, condition: u8) -> Option<Handler> {
+    macro_rules! conditions {
+        ($op:ty) => {
+            match condition {
+                0 => fused::<$op, 0> as Handler,
+                1 => fused::<$op, 1>,
+                2 => fused::<$op, 2>,
+                3 => fused::<$op, 3>,
+                4 => fused::<$op, 4>,
+                5 => fused::<$op, 5>,
+                6 => fused::<$op, 6>,
+                7 => fused::<$op, 7>,
+                8 => fused::<$op, 8>,
+                9 => fused::<$op, 9>,
+                10 => fused::<$op, 10>,
+                11 => fused::<$op, 11>,
+                12 => fused::<$op, 12>,
+                13 => fused::<$op, 13>,
+                14 => fused::<$op, 14>,
+                _ => fused::<$op, 15>,
+            }
+        };
+    }
+    macro_rules! sizes {
+        ($op:tt, $form:tt) => {
+            match uop.size {
+                1 => conditions!(Alu<u8, $op, $form, false>),
+                4 => conditions!(Alu<u32, $op, $form, false>),
+                8 => conditions!(Alu<u64, $op, $form, false>),
+                _ => return None,
+            }
+        };
+    }
+    macro_rules! wide {
+        ($op:tt, $form:tt) => {
+            match uop.size {
+                4 => conditions!(Alu<u32, $op, $form, false>),
+                8 => conditions!(Alu<u64, $op, $form, false>),
+                _ => return None,
+            }
+        };
+    }
+    if uop.lock {
+        return None;
+    }
+    Some(match (uop.alu, uop.form) {
+        (CMP, RR) => sizes!(CMP, RR),
+        (CMP, RI) => sizes!(CMP, RI),
+        (CMP, RM) => sizes!(CMP, RM),
+        (CMP, MR) => sizes!(CMP, MR),
+        (CMP, MI) => sizes!(CMP, MI),
+        (TEST, RR) => sizes!(TEST, RR),
+        (TEST, RI) => sizes!(TEST, RI),
+        (TEST, MI) => sizes!(TEST, MI),
+        (ADD, RR) => wide!(ADD, RR),
+        (ADD, RI) => wide!(ADD, RI),
+        (SUB, RR) => wide!(SUB, RR),
+        (SUB, RI) => wide!(SUB, RI),
+        (AND, RR) => wide!(AND, RR),
+        (AND, RI) => wide!(AND, RI),
+        (UNARY_INC, _) => match uop.size {
+            4 => conditions!(Unary<u32, 0>),
+            8 => conditions!(Unary<u64, 0>),
+            _ => return None,
+        },
+        (UNARY_DEC, _) => match uop.size {
+            4 => conditions!(Unary<u32, 1>),
+            8 => conditions!(Unary<u64, 1>),
+            _ => return None,
+        },
+        _ => return None,
+    })
 }
 
 pub fn lower(insn: &Instruction, uop: &mut Uop, _mode: u32) -> Option<Handler> {
@@ -333,6 +458,15 @@ pub fn lower(insn: &Instruction, uop: &mut Uop, _mode: u32) -> Option<Handler> {
         | Mnemonic::Cmp
         | Mnemonic::Test => {
             let form = form(insn, uop)?;
+            uop.form = form;
+            uop.alu = match mnemonic {
+                Mnemonic::Add => ADD,
+                Mnemonic::Sub => SUB,
+                Mnemonic::And => AND,
+                Mnemonic::Cmp => CMP,
+                Mnemonic::Test => TEST,
+                _ => NONE,
+            };
             match mnemonic {
                 Mnemonic::Add => alu_handler::<ADD>(form, uop),
                 Mnemonic::Or => alu_handler::<OR>(form, uop),
@@ -352,10 +486,16 @@ pub fn lower(insn: &Instruction, uop: &mut Uop, _mode: u32) -> Option<Handler> {
                 uop.dst = gpr(insn.op0_register());
             }
             match mnemonic {
-                Mnemonic::Inc => by_size!(uop.size, unary, 0),
-                Mnemonic::Dec => by_size!(uop.size, unary, 1),
-                Mnemonic::Neg => by_size!(uop.size, unary, 2),
-                _ => by_size!(uop.size, unary, 3),
+                Mnemonic::Inc => {
+                    uop.alu = if uop.mem { NONE } else { UNARY_INC };
+                    unary_handler::<0>(uop)
+                }
+                Mnemonic::Dec => {
+                    uop.alu = if uop.mem { NONE } else { UNARY_DEC };
+                    unary_handler::<1>(uop)
+                }
+                Mnemonic::Neg => unary_handler::<2>(uop),
+                _ => unary_handler::<3>(uop),
             }
         }
         Mnemonic::Xadd | Mnemonic::Cmpxchg => {

@@ -5,8 +5,12 @@ use iced_x86::{Code, Instruction, Mnemonic};
 use crate::cpu::decode::{bitness, gpr, mode, operand_size};
 use crate::cpu::exec::mov::condition_of;
 use crate::cpu::int::Int;
-use crate::cpu::state::{Cpu, StopKind, RCX};
+use crate::cpu::state::{Cpu, Stop, StopKind, RCX, RSP};
 use crate::cpu::uop::{last, Flow, Handler, Ip, Uop};
+use crate::cpu::way::Fast;
+
+/// `Uop::alu` of a conditional jump.
+pub const BRANCH: u8 = 0xfe;
 
 /// The end of a block that no branch closes.
 pub fn close(_cpu: &mut Cpu, _ip: Ip<'_>) -> Flow {
@@ -119,6 +123,16 @@ fn jcxz(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
 }
 
 fn call_near<T: Int>(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
+    let back = T::from64(cpu.ip_after(ip.op()));
+    match cpu.push_by::<T, Fast>(back) {
+        Ok(()) => Flow::Taken,
+        Err(Stop) => call_slow::<T>(cpu, ip),
+    }
+}
+
+#[cold]
+#[inline(never)]
+fn call_slow<T: Int>(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
     last(cpu, ip, |cpu, u| {
         let back = cpu.ip_after(u);
         cpu.push::<T>(T::from64(back))?;
@@ -126,16 +140,30 @@ fn call_near<T: Int>(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
     })
 }
 
+/// RET in 64-bit mode without an immediate: the frequent one.
+fn ret_quick(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
+    let rsp = cpu.gpr[RSP];
+    if let Ok(to) = cpu.load_fast::<u64>(rsp) {
+        if cpu.target_ok(to) {
+            cpu.gpr[RSP] = rsp.wrapping_add(8);
+            cpu.rip = to;
+            return Flow::Jump;
+        }
+    }
+    ret_near::<u64>(cpu, ip)
+}
+
+#[inline(never)]
 fn ret_near<T: Int>(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
     last(cpu, ip, |cpu, u| {
-        let rsp = cpu.gpr[crate::cpu::state::RSP];
+        let rsp = cpu.gpr[RSP];
         let to = cpu.pop::<T>()?.to64();
         if !cpu.target_ok(to) {
-            cpu.gpr[crate::cpu::state::RSP] = rsp;
+            cpu.gpr[RSP] = rsp;
             return Err(cpu.gp(0));
         }
         if u.imm != 0 {
-            let rsp = cpu.gpr[crate::cpu::state::RSP].wrapping_add(u.imm);
+            let rsp = cpu.gpr[RSP].wrapping_add(u.imm);
             cpu.set_rsp(rsp);
         }
         cpu.rip = to;
@@ -274,7 +302,11 @@ pub fn lower(insn: &Instruction, uop: &mut Uop, mode: u32) -> Option<Handler> {
             } else {
                 0
             };
-            near!(ret_near)
+            if near == 8 && uop.imm == 0 {
+                ret_quick
+            } else {
+                near!(ret_near)
+            }
         }
         Mnemonic::Retf => {
             uop.imm = if insn.op_count() > 0 {
@@ -355,7 +387,11 @@ pub fn lower(insn: &Instruction, uop: &mut Uop, mode: u32) -> Option<Handler> {
             uop.imm = u64::from(disp & 0xff);
             escape
         }
-        _ if insn.is_jcc_short_or_near() => jcc_handler(condition_of(insn)),
+        _ if insn.is_jcc_short_or_near() => {
+            uop.op = condition_of(insn);
+            uop.alu = BRANCH;
+            jcc_handler(uop.op)
+        }
         _ => return None,
     };
     uop.ends = true;

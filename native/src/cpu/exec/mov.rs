@@ -2,11 +2,14 @@
 
 use iced_x86::{Code, Instruction, Mnemonic, OpKind};
 
-use crate::by_size;
+use std::marker::PhantomData;
+
 use crate::cpu::decode::{bitness, gpr, immediate, operand_size};
 use crate::cpu::int::Int;
 use crate::cpu::state::{Cpu, Stop, RAX, RBP, RDX, RSP, SEG_BASE, SS};
 use crate::cpu::uop::{step, Flow, Handler, Ip, Uop};
+use crate::cpu::way::{quick, Op, Way};
+use crate::{by_size, by_size_based};
 
 fn mov_rr<T: Int>(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
     step(cpu, ip, |cpu, u| {
@@ -23,34 +26,40 @@ fn mov_ri<T: Int>(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
     })
 }
 
-fn mov_rm<T: Int>(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
-    step(cpu, ip, |cpu, u| {
-        let at = cpu.ea(u)?;
-        let value = cpu.load::<T>(at)?;
+struct MovRm<T, const B: bool>(PhantomData<T>);
+impl<T: Int, const B: bool> Op for MovRm<T, B> {
+    #[inline(always)]
+    fn run<W: Way>(cpu: &mut Cpu, u: &Uop) -> Result<(), Stop> {
+        let at = cpu.address::<W, B>(u)?;
+        let value = cpu.load_by::<T, W>(at)?;
         T::set(cpu, u.dst, value);
         Ok(())
-    })
+    }
 }
 
-fn mov_mr<T: Int>(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
-    step(cpu, ip, |cpu, u| {
-        let at = cpu.ea(u)?;
+struct MovMr<T, const B: bool>(PhantomData<T>);
+impl<T: Int, const B: bool> Op for MovMr<T, B> {
+    #[inline(always)]
+    fn run<W: Way>(cpu: &mut Cpu, u: &Uop) -> Result<(), Stop> {
+        let at = cpu.address::<W, B>(u)?;
         let value = T::get(cpu, u.src);
-        cpu.store::<T>(at, value)
-    })
+        cpu.store_by::<T, W>(at, value)
+    }
 }
 
-fn mov_mi<T: Int>(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
-    step(cpu, ip, |cpu, u| {
-        let at = cpu.ea(u)?;
-        cpu.store::<T>(at, T::from64(u.imm))
-    })
+struct MovMi<T, const B: bool>(PhantomData<T>);
+impl<T: Int, const B: bool> Op for MovMi<T, B> {
+    #[inline(always)]
+    fn run<W: Way>(cpu: &mut Cpu, u: &Uop) -> Result<(), Stop> {
+        let at = cpu.address::<W, B>(u)?;
+        cpu.store_by::<T, W>(at, T::from64(u.imm))
+    }
 }
 
+/// LEA: `asize` cuts the offset, the operand size the result.
 fn lea<T: Int>(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
     step(cpu, ip, |cpu, u| {
         let mut offset = cpu.offset(u);
-        // `asize` cuts the offset, `size` the result.
         match u.asize {
             2 => offset &= 0xffff,
             4 => offset &= 0xffff_ffff,
@@ -61,25 +70,43 @@ fn lea<T: Int>(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
     })
 }
 
-/// MOVZX, MOVSX, MOVSXD: `S` widened to `T`.
-fn extend<T: Int, S: Int, const SIGNED: bool>(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
+/// LEA with 64-bit addresses: with an index, or base and displacement only.
+fn lea_flat<T: Int, const BASED: bool>(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
     step(cpu, ip, |cpu, u| {
-        let value = if u.mem {
-            let at = cpu.ea(u)?;
-            cpu.load::<S>(at)?
+        let offset = if BASED {
+            cpu.gpr[usize::from(u.base)].wrapping_add(u.disp)
         } else {
-            S::get(cpu, u.src)
+            cpu.offset(u)
         };
-        T::set(
-            cpu,
-            u.dst,
-            T::from64(if SIGNED { value.sext() } else { value.to64() }),
-        );
+        T::set(cpu, u.dst, T::from64(offset));
         Ok(())
     })
 }
 
-fn cmov<T: Int>(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
+/// MOVZX, MOVSX, MOVSXD from memory: `S` widened to `T`.
+struct ExtendRm<T, S, const SIGNED: bool, const B: bool>(PhantomData<(T, S)>);
+impl<T: Int, S: Int, const SIGNED: bool, const B: bool> Op for ExtendRm<T, S, SIGNED, B> {
+    #[inline(always)]
+    fn run<W: Way>(cpu: &mut Cpu, u: &Uop) -> Result<(), Stop> {
+        let at = cpu.address::<W, B>(u)?;
+        let value = cpu.load_by::<S, W>(at)?;
+        let value = if SIGNED { value.sext() } else { value.to64() };
+        T::set(cpu, u.dst, T::from64(value));
+        Ok(())
+    }
+}
+
+/// The same between registers.
+fn extend<T: Int, S: Int, const SIGNED: bool>(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
+    step(cpu, ip, |cpu, u| {
+        let value = S::get(cpu, u.src);
+        let value = if SIGNED { value.sext() } else { value.to64() };
+        T::set(cpu, u.dst, T::from64(value));
+        Ok(())
+    })
+}
+
+fn cmov<T: Int, const C: u8>(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
     step(cpu, ip, |cpu, u| {
         // The source is read, and may fault, whatever the condition says.
         let value = if u.mem {
@@ -89,7 +116,7 @@ fn cmov<T: Int>(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
             T::get(cpu, u.src)
         };
         // A 32-bit destination is zero-extended even if nothing moves.
-        let value = if cpu.cc.cond_dyn(u.op) {
+        let value = if cpu.cc.cond::<C>() {
             value
         } else {
             T::get(cpu, u.dst)
@@ -97,6 +124,79 @@ fn cmov<T: Int>(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
         T::set(cpu, u.dst, value);
         Ok(())
     })
+}
+
+struct PushR<T>(PhantomData<T>);
+impl<T: Int> Op for PushR<T> {
+    #[inline(always)]
+    fn run<W: Way>(cpu: &mut Cpu, u: &Uop) -> Result<(), Stop> {
+        let value = T::get(cpu, u.src);
+        cpu.push_by::<T, W>(value)
+    }
+}
+
+struct PushI<T>(PhantomData<T>);
+impl<T: Int> Op for PushI<T> {
+    #[inline(always)]
+    fn run<W: Way>(cpu: &mut Cpu, u: &Uop) -> Result<(), Stop> {
+        cpu.push_by::<T, W>(T::from64(u.imm))
+    }
+}
+
+struct PushM<T>(PhantomData<T>);
+impl<T: Int> Op for PushM<T> {
+    #[inline(always)]
+    fn run<W: Way>(cpu: &mut Cpu, u: &Uop) -> Result<(), Stop> {
+        let at = cpu.address::<W, false>(u)?;
+        let value = cpu.load_by::<T, W>(at)?;
+        cpu.push_by::<T, W>(value)
+    }
+}
+
+struct PopR<T>(PhantomData<T>);
+impl<T: Int> Op for PopR<T> {
+    #[inline(always)]
+    fn run<W: Way>(cpu: &mut Cpu, u: &Uop) -> Result<(), Stop> {
+        let value = cpu.pop_by::<T, W>()?;
+        T::set(cpu, u.dst, value);
+        Ok(())
+    }
+}
+
+/// Picks an [`Op`] of one type parameter by operand size.
+macro_rules! quick_by_size {
+    ($size:expr, $op:ident) => {
+        match $size {
+            1 => quick::<$op<u8>> as Handler,
+            2 => quick::<$op<u16>>,
+            4 => quick::<$op<u32>>,
+            _ => quick::<$op<u64>>,
+        }
+    };
+}
+
+/// Picks the instance of a handler by condition code.
+macro_rules! by_condition {
+    ($code:expr, $handler:ident, $type:ty) => {
+        match $code {
+            0 => $handler::<$type, 0> as Handler,
+            1 => $handler::<$type, 1>,
+            2 => $handler::<$type, 2>,
+            3 => $handler::<$type, 3>,
+            4 => $handler::<$type, 4>,
+            5 => $handler::<$type, 5>,
+            6 => $handler::<$type, 6>,
+            7 => $handler::<$type, 7>,
+            8 => $handler::<$type, 8>,
+            9 => $handler::<$type, 9>,
+            10 => $handler::<$type, 10>,
+            11 => $handler::<$type, 11>,
+            12 => $handler::<$type, 12>,
+            13 => $handler::<$type, 13>,
+            14 => $handler::<$type, 14>,
+            _ => $handler::<$type, 15>,
+        }
+    };
 }
 
 fn setcc(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
@@ -252,33 +352,6 @@ impl Cpu {
             _ => self.pop::<u64>(),
         }
     }
-}
-
-fn push_r<T: Int>(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
-    step(cpu, ip, |cpu, u| {
-        let value = T::get(cpu, u.src);
-        cpu.push::<T>(value)
-    })
-}
-
-fn push_i<T: Int>(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
-    step(cpu, ip, |cpu, u| cpu.push::<T>(T::from64(u.imm)))
-}
-
-fn push_m<T: Int>(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
-    step(cpu, ip, |cpu, u| {
-        let at = cpu.ea(u)?;
-        let value = cpu.load::<T>(at)?;
-        cpu.push::<T>(value)
-    })
-}
-
-fn pop_r<T: Int>(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
-    step(cpu, ip, |cpu, u| {
-        let value = cpu.pop::<T>()?;
-        T::set(cpu, u.dst, value);
-        Ok(())
-    })
 }
 
 fn pop_m<T: Int>(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
@@ -488,10 +561,10 @@ fn mov(insn: &Instruction, uop: &mut Uop) -> Option<Handler> {
     if to == OpKind::Memory {
         if let Some(value) = immediate(insn, 1) {
             uop.imm = value;
-            return Some(by_size!(uop.size, mov_mi));
+            return Some(by_size_based!(uop, uop.size, MovMi));
         }
         uop.src = gpr(insn.op1_register());
-        return Some(by_size!(uop.size, mov_mr));
+        return Some(by_size_based!(uop, uop.size, MovMr));
     }
     uop.dst = gpr(insn.op0_register());
     if let Some(value) = immediate(insn, 1) {
@@ -499,7 +572,7 @@ fn mov(insn: &Instruction, uop: &mut Uop) -> Option<Handler> {
         return Some(by_size!(uop.size, mov_ri));
     }
     if from == OpKind::Memory {
-        return Some(by_size!(uop.size, mov_rm));
+        return Some(by_size_based!(uop, uop.size, MovRm));
     }
     uop.src = gpr(insn.op1_register());
     Some(by_size!(uop.size, mov_rr))
@@ -513,10 +586,13 @@ fn widening<const SIGNED: bool>(insn: &Instruction, uop: &mut Uop) -> Handler {
     }
     let to = operand_size(insn, 0);
     uop.size = from;
-    match from {
-        1 => by_size!(to, extend, u8, SIGNED),
-        2 => by_size!(to, extend, u16, SIGNED),
-        _ => by_size!(to, extend, u32, SIGNED),
+    match (from, uop.mem) {
+        (1, false) => by_size!(to, extend, u8, SIGNED),
+        (2, false) => by_size!(to, extend, u16, SIGNED),
+        (_, false) => by_size!(to, extend, u32, SIGNED),
+        (1, true) => by_size_based!(uop, to, ExtendRm, u8, SIGNED),
+        (2, true) => by_size_based!(uop, to, ExtendRm, u16, SIGNED),
+        (_, true) => by_size_based!(uop, to, ExtendRm, u32, SIGNED),
     }
 }
 
@@ -540,7 +616,13 @@ pub fn lower(insn: &Instruction, uop: &mut Uop, mode: u32) -> Option<Handler> {
                 _ => 4,
             };
             uop.dst = gpr(insn.op0_register());
-            by_size!(operand_size(insn, 0), lea)
+            let size = operand_size(insn, 0);
+            let zero = crate::cpu::state::ZERO as u8;
+            match (uop.asize, uop.index == zero) {
+                (8, true) => by_size!(size, lea_flat, true),
+                (8, false) => by_size!(size, lea_flat, false),
+                _ => by_size!(size, lea),
+            }
         }
         Mnemonic::Movzx => widening::<false>(insn, uop),
         Mnemonic::Movsx | Mnemonic::Movsxd => widening::<true>(insn, uop),
@@ -548,17 +630,17 @@ pub fn lower(insn: &Instruction, uop: &mut Uop, mode: u32) -> Option<Handler> {
             let size = push_size(insn, mode);
             if let Some(value) = immediate(insn, 0) {
                 uop.imm = value;
-                return Some(by_size!(size, push_i));
+                return Some(quick_by_size!(size, PushI));
             }
             if uop.mem {
                 uop.size = size;
-                return Some(by_size!(size, push_m));
+                return Some(quick_by_size!(size, PushM));
             }
             if !insn.op0_register().is_gpr() {
                 return None;
             }
             uop.src = gpr(insn.op0_register());
-            by_size!(size, push_r)
+            quick_by_size!(size, PushR)
         }
         Mnemonic::Pop => {
             let size = push_size(insn, mode);
@@ -570,7 +652,7 @@ pub fn lower(insn: &Instruction, uop: &mut Uop, mode: u32) -> Option<Handler> {
                 return None;
             }
             uop.dst = gpr(insn.op0_register());
-            by_size!(size, pop_r)
+            quick_by_size!(size, PopR)
         }
         Mnemonic::Xchg => {
             uop.size = operand_size(insn, 0);
@@ -669,7 +751,11 @@ pub fn lower(insn: &Instruction, uop: &mut Uop, mode: u32) -> Option<Handler> {
                 if !uop.mem {
                     uop.src = gpr(insn.op1_register());
                 }
-                return Some(by_size!(uop.size, cmov));
+                return Some(match uop.size {
+                    2 => by_condition!(uop.op, cmov, u16),
+                    4 => by_condition!(uop.op, cmov, u32),
+                    _ => by_condition!(uop.op, cmov, u64),
+                });
             }
             return None;
         }

@@ -27,32 +27,26 @@ fn operate<T: Int, const OP: u8>(cpu: &mut Cpu, a: T, count: u32) -> T {
     let value = a.to64();
     match OP {
         SHL => {
-            // Counts beyond the width shift everything out (8- and 16-bit operands).
-            let (res, carry) = if count <= bits {
-                let carry = value >> (bits - count) & 1;
-                let res = if count == bits && bits == 64 {
-                    0
-                } else {
-                    value.wrapping_shl(count) * u64::from(count < 64)
-                };
-                (T::from64(res), carry)
+            // 8- and 16-bit operands may be shifted out altogether: 31 + 16 bits still fit.
+            let res = T::from64(value << count);
+            let carry = if bits == 64 {
+                value >> (64 - count) & 1
             } else {
-                (T::ZERO, 0)
+                (value << count) >> bits & 1
             };
             let over = u64::from(res.msb()) ^ carry;
-            cpu.cc = lazy(Kind::Part, res, (carry * CF) | (over * OF));
+            cpu.cc = lazy(Kind::Part, res, carry * CF | over * OF);
             res
         }
         SHR => {
-            let wide = u128::from(value);
-            let res = T::from64((wide >> count) as u64);
-            let carry = (wide >> (count - 1)) as u64 & 1;
-            let over = if count == 1 { u64::from(a.msb()) } else { 0 };
-            cpu.cc = lazy(Kind::Part, res, (carry * CF) | (over * OF));
+            let res = T::from64(value >> count);
+            let carry = value >> (count - 1) & 1;
+            let over = u64::from(a.msb());
+            cpu.cc = lazy(Kind::Part, res, carry * CF | over * OF);
             res
         }
         SAR => {
-            let signed = i128::from(a.sext() as i64);
+            let signed = a.sext() as i64;
             let res = T::from64((signed >> count) as u64);
             let carry = (signed >> (count - 1)) as u64 & 1;
             cpu.cc = lazy(Kind::Part, res, carry * CF);
@@ -116,7 +110,7 @@ fn set_carry_overflow(cpu: &mut Cpu, carry: u64, over: u64) {
     cpu.cc = Lazy::bits(cpu.cc.all() & !(CF | OF) | (carry * CF) | (over * OF));
 }
 
-/// `src` is CL if `op` is 1, else the count is `imm`.
+/// The count is CL if `op` is 1, else `imm`.
 fn shift<T: Int, const OP: u8>(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
     step(cpu, ip, |cpu, u| {
         let mask = if T::BITS == 64 { 63 } else { 31 };
@@ -139,6 +133,16 @@ fn shift<T: Int, const OP: u8>(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
         } else {
             operate::<T, OP>(cpu, a, count)
         };
+        T::set(cpu, u.dst, res);
+        Ok(())
+    })
+}
+
+/// A register shifted by a constant that is not zero.
+fn shift_ri<T: Int, const OP: u8>(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
+    step(cpu, ip, |cpu, u| {
+        let a = T::get(cpu, u.dst);
+        let res = operate::<T, OP>(cpu, a, u.imm as u32);
         T::set(cpu, u.dst, res);
         Ok(())
     })
@@ -239,6 +243,18 @@ pub fn lower(insn: &Instruction, uop: &mut Uop, _mode: u32) -> Option<Handler> {
     }
     if insn.op0_kind() == OpKind::Register {
         uop.dst = gpr(insn.op0_register());
+    }
+    let mask = if uop.size == 8 { 63 } else { 31 };
+    if uop.op == 0 && !uop.mem && uop.imm & mask != 0 {
+        uop.imm &= mask;
+        match mnemonic {
+            Mnemonic::Rol => return Some(by_size!(uop.size, shift_ri, ROL)),
+            Mnemonic::Ror => return Some(by_size!(uop.size, shift_ri, ROR)),
+            Mnemonic::Shl | Mnemonic::Sal => return Some(by_size!(uop.size, shift_ri, SHL)),
+            Mnemonic::Shr => return Some(by_size!(uop.size, shift_ri, SHR)),
+            Mnemonic::Sar => return Some(by_size!(uop.size, shift_ri, SAR)),
+            _ => {}
+        }
     }
     Some(match mnemonic {
         Mnemonic::Rol => by_size!(uop.size, shift, ROL),

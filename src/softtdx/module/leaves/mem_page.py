@@ -9,6 +9,7 @@ from softtdx.abi.status import Operand, Status
 from .. import measure, sept, sept_l2
 from ..context import Call
 from ..errors import LeafError, operand_invalid
+from ..ids import R8, R9, RCX, RDX
 from ..locks import EXCLUSIVE, SHARED
 from ..pamt import PageType, lock_free_range, lock_implicit, lock_page
 from ..registry import seamcall
@@ -27,9 +28,6 @@ _RELOCATE_STATES: Final = sept.host_states(_RELOCATE)
 PAGE: Final = 4096
 NDA: Final = int(PageType.NDA)
 REG: Final = int(PageType.REG)
-RCX: Final = int(Operand.RCX)
-RDX: Final = int(Operand.RDX)
-R8: Final = int(Operand.R8)
 STATE_INCORRECT: Final = int(Status.EPT_ENTRY_STATE_INCORRECT)
 
 
@@ -55,7 +53,7 @@ def mem_page_add(call: Call) -> None:
     if level or entry & STATE_MASK not in _ADD_STATES:
         sept.set_details(regs, entry, level, call.g.hkid_mask)
         raise LeafError(Status.EPT_WALK_FAILED if level else STATE_INCORRECT, RCX)
-    check_shared(call.g, source, PAGE, Operand.R9)
+    check_shared(call.g, source, PAGE, R9)
     page = lock_page(call, pa, NDA, EXCLUSIVE, R8)
 
     # Every check has passed.

@@ -9,13 +9,17 @@ from softtdx.abi.status import Operand, Status
 from .. import epoch, sept, sept_l2
 from ..context import Call
 from ..errors import LeafError
+from ..ids import RCX, RDX
 from ..locks import EXCLUSIVE
 from ..pamt import PamtPage, implicit
 from ..registry import seamcall
 from ..td import open_td
 
-_BLOCK_STATES: Final = sept.host_states(SeamcallLeaf.MEM_RANGE_BLOCK)
-_UNBLOCK_STATES: Final = sept.host_states(SeamcallLeaf.MEM_RANGE_UNBLOCK)
+_BLOCK: Final = SeamcallLeaf.MEM_RANGE_BLOCK
+_UNBLOCK: Final = SeamcallLeaf.MEM_RANGE_UNBLOCK
+_TRACK: Final = SeamcallLeaf.MEM_TRACK
+_BLOCK_STATES: Final = sept.host_states(_BLOCK)
+_UNBLOCK_STATES: Final = sept.host_states(_UNBLOCK)
 
 
 def _page_below(call: Call, entry: int, level: int) -> PamtPage:
@@ -24,7 +28,7 @@ def _page_below(call: Call, entry: int, level: int) -> PamtPage:
     return implicit(call, pa, level if entry & LEAF else 0)
 
 
-@seamcall(SeamcallLeaf.MEM_RANGE_BLOCK)
+@seamcall(_BLOCK)
 def mem_range_block(call: Call) -> None:
     """TDH.MEM.RANGE.BLOCK: admit no new translation through an entry, and note the TD epoch at which that was done.
 
@@ -36,7 +40,7 @@ def mem_range_block(call: Call) -> None:
     regs = call.regs
     info, tdr = regs.rcx, regs.rdx
     regs.rcx = regs.rdx = 0
-    td = open_td(call, tdr, SeamcallLeaf.MEM_RANGE_BLOCK, Operand.RDX)
+    td = open_td(call, tdr, _BLOCK, RDX)
     at, entry = sept.open_entry(call, td, info, 0, sept.TREE, EXCLUSIVE)
     level = info & 7
     cpu = call.cpu
@@ -56,7 +60,7 @@ def mem_range_block(call: Call) -> None:
     sept.unlock(cpu, at, blocked)
 
 
-@seamcall(SeamcallLeaf.MEM_RANGE_UNBLOCK)
+@seamcall(_UNBLOCK)
 def mem_range_unblock(call: Call) -> None:
     """TDH.MEM.RANGE.UNBLOCK: undo TDH.MEM.RANGE.BLOCK.
 
@@ -68,7 +72,7 @@ def mem_range_unblock(call: Call) -> None:
     regs = call.regs
     info, tdr = regs.rcx, regs.rdx
     regs.rcx = regs.rdx = 0
-    td = open_td(call, tdr, SeamcallLeaf.MEM_RANGE_UNBLOCK, Operand.RDX)
+    td = open_td(call, tdr, _UNBLOCK, RDX)
     at, entry = sept.open_entry(call, td, info, 0, sept.TREE, EXCLUSIVE)
     level = info & 7
     cpu = call.cpu
@@ -85,10 +89,10 @@ def mem_range_unblock(call: Call) -> None:
     sept.store(cpu, at, entry, sept.unblocked(entry) & ~TDEL)
 
 
-@seamcall(SeamcallLeaf.MEM_TRACK)
+@seamcall(_TRACK)
 def mem_track(call: Call) -> None:
     """TDH.MEM.TRACK: begin the TD's next epoch.
 
     In: RCX = TDR. Errors in order: those of `open_td`; OPERAND_BUSY TD_EPOCH; PREVIOUS_TLB_EPOCH_BUSY.
     """
-    epoch.advance(open_td(call, call.regs.rcx, SeamcallLeaf.MEM_TRACK, Operand.RCX))
+    epoch.advance(open_td(call, call.regs.rcx, _TRACK, RCX))

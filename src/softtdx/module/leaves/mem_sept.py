@@ -9,6 +9,7 @@ from softtdx.abi.status import Operand, Status
 from .. import sept, sept_l2, tdcs
 from ..context import Call
 from ..errors import LeafError, operand_invalid
+from ..ids import R8, RCX, RDX
 from ..locks import EXCLUSIVE, SHARED
 from ..pamt import PageType, PamtPage, lock_implicit, lock_page
 from ..registry import ALL_VERSIONS, seamcall
@@ -17,15 +18,20 @@ from ..td import Td, open_td
 NULL_PA: Final = (1 << 64) - 1
 NOT_USED: Final = 1 << 63  # in a page operand of SEPT.ADD version 1: handed back, the page is already there
 ALLOW_EXISTING: Final = 1
+NDA: Final = int(PageType.NDA)
+EPT: Final = int(PageType.EPT)
 L2_REGISTERS: Final = ("r8", "r9", "r10", "r11")  # by VM
 DEBUG: Final = 1  # ATTRIBUTES.DEBUG
 TDR_FIELD: Final = 0x000F_FFFF_FFFF_F000
 
-_ADD_STATES: Final = sept.host_states(SeamcallLeaf.MEM_SEPT_ADD)
-_REMOVE_STATES: Final = sept.host_states(SeamcallLeaf.MEM_SEPT_REMOVE)
+_ADD: Final = SeamcallLeaf.MEM_SEPT_ADD
+_RD: Final = SeamcallLeaf.MEM_SEPT_RD
+_REMOVE: Final = SeamcallLeaf.MEM_SEPT_REMOVE
+_ADD_STATES: Final = sept.host_states(_ADD)
+_REMOVE_STATES: Final = sept.host_states(_REMOVE)
 
 
-@seamcall(SeamcallLeaf.MEM_SEPT_ADD, versions=ALL_VERSIONS)
+@seamcall(_ADD, versions=ALL_VERSIONS)
 def mem_sept_add(call: Call) -> None:
     """TDH.MEM.SEPT.ADD: put a free page under an entry of the secure EPT.
 
@@ -62,7 +68,7 @@ def _sept_add(call: Call, info: int, handle: int, pages: list[int]) -> None:
     if handle & ~(TDR_FIELD | ALLOW_EXISTING):
         raise operand_invalid(Operand.RDX)
     allow_existing = handle & ALLOW_EXISTING
-    td = open_td(call, handle & TDR_FIELD, SeamcallLeaf.MEM_SEPT_ADD, Operand.RDX)
+    td = open_td(call, handle & TDR_FIELD, _ADD, RDX)
     at, entry = sept.open_entry(call, td, info, 1, sept.TREE, SHARED)
     cpu = call.cpu
     try:
@@ -76,7 +82,7 @@ def _sept_add(call: Call, info: int, handle: int, pages: list[int]) -> None:
             if state != sept.NL_MAPPED:
                 raise _state_incorrect(call, entry, info & 7)
         elif state == sept.FREE:
-            page = lock_page(call, pages[0], PageType.NDA, EXCLUSIVE, Operand.R8)
+            page = lock_page(call, pages[0], NDA, EXCLUSIVE, R8)
         elif allow_existing:
             pages[0] |= NOT_USED
         else:
@@ -125,7 +131,7 @@ def _prepare_l2(
     if reached != info & 7:
         raise sept_l2.refuse(call, td, Status.L2_SEPT_WALK_FAILED, entry, reached, vm)
     if entry & L2_STATE_MASK == sept_l2.FREE:
-        return vm, at, lock_page(call, pages[vm], PageType.NDA, EXCLUSIVE, operand)
+        return vm, at, lock_page(call, pages[vm], NDA, EXCLUSIVE, operand)
     if not allow_existing:
         raise sept_l2.refuse(call, td, Status.L2_SEPT_ENTRY_NOT_FREE, entry, reached, vm)
     pages[vm] |= NOT_USED
@@ -145,7 +151,7 @@ def _take_page(td: Td, page: PamtPage, *, l2: bool) -> None:
         td.call.cpu.zero_page(td.keyed(page.pa))
     else:
         sept.write_free_page(td.call.cpu, td.keyed(page.pa))
-    page.set(PageType.EPT, td.pa, 0)
+    page.set(EPT, td.pa, 0)
     td.add_children(1)
 
 
@@ -154,7 +160,7 @@ def _state_incorrect(call: Call, entry: int, level: int) -> LeafError:
     return LeafError(Status.EPT_ENTRY_STATE_INCORRECT, Operand.RCX)
 
 
-@seamcall(SeamcallLeaf.MEM_SEPT_RD)
+@seamcall(_RD)
 def mem_sept_rd(call: Call) -> None:
     """TDH.MEM.SEPT.RD: read an entry of the secure EPT, as software may know it.
 
@@ -166,7 +172,7 @@ def mem_sept_rd(call: Call) -> None:
     regs = call.regs
     info, handle = regs.rcx, regs.rdx
     regs.rcx = regs.rdx = 0
-    td = open_td(call, handle & ~1, SeamcallLeaf.MEM_SEPT_RD, Operand.RDX)
+    td = open_td(call, handle & ~1, _RD, RDX)
     if handle & 1 and not td.rd64(tdcs.ATTRIBUTES) & DEBUG:
         raise operand_invalid(Operand.RDX)
     at, entry = sept.open_entry(call, td, info, 0, sept.TREE, SHARED)
@@ -188,7 +194,7 @@ def _l2_attributes(td: Td, entry: int, info: int) -> int:
     return attributes
 
 
-@seamcall(SeamcallLeaf.MEM_SEPT_REMOVE, versions=ALL_VERSIONS)
+@seamcall(_REMOVE, versions=ALL_VERSIONS)
 def mem_sept_remove(call: Call) -> None:
     """TDH.MEM.SEPT.REMOVE: take an empty S-EPT page out of the tree.
 
@@ -206,14 +212,14 @@ def mem_sept_remove(call: Call) -> None:
         regs.r9 = regs.r10 = regs.r11 = NULL_PA
         if call.version > 1:
             raise operand_invalid(Operand.RAX)
-    td = open_td(call, tdr, SeamcallLeaf.MEM_SEPT_REMOVE, Operand.RDX)
+    td = open_td(call, tdr, _REMOVE, RDX)
     at, entry = sept.open_entry(call, td, info, 1, sept.TREE, EXCLUSIVE)
     cpu = call.cpu
     try:
         if entry & STATE_MASK not in _REMOVE_STATES:
             raise _state_incorrect(call, entry, info & 7)
         pa = entry & HPA_MASK & ~call.g.hkid_mask
-        page = lock_implicit(call, pa, EXCLUSIVE, Operand.RCX)
+        page = lock_implicit(call, pa, EXCLUSIVE, RCX)
         sept.require_tracked(td, entry, info & 7, page)
         if not sept.page_is_free(cpu, td.keyed(pa)):
             sept.set_details(regs, entry, info & 7, call.g.hkid_mask)
@@ -224,9 +230,9 @@ def mem_sept_remove(call: Call) -> None:
         raise
     for vm, l2_at, table in reversed(tables):
         cpu.wr64(l2_at, sept_l2.FREE)
-        freed = table.pa | table.set_type(PageType.NDA)
+        freed = table.pa | table.set_type(NDA)
         if call.version:
             setattr(regs, L2_REGISTERS[vm], freed)
     sept.store(cpu, at, entry, FREE_ENTRY)
     td.add_children(-1 - len(tables))
-    regs.rcx = pa | page.set_type(PageType.NDA)
+    regs.rcx = pa | page.set_type(NDA)

@@ -1,5 +1,6 @@
 """TDH.MR.EXTEND: measure the content of a TD's initial memory."""
 
+from dataclasses import dataclass
 from typing import Final
 
 from softtdx.abi.leaves import SeamcallLeaf
@@ -9,15 +10,28 @@ from softtdx.abi.status import Operand, Status
 from .. import measure, sept
 from ..context import Call
 from ..errors import LeafError, operand_invalid
+from ..ids import RDX
 from ..locks import EXCLUSIVE
 from ..registry import seamcall
-from ..td import NO_LOCK, open_td
+from ..td import NO_LOCK, Td, open_td
 
 CHUNK: Final = 256
-_STATES: Final = sept.host_states(SeamcallLeaf.MR_EXTEND)
+_EXTEND: Final = SeamcallLeaf.MR_EXTEND
+_STATES: Final = sept.host_states(_EXTEND)
 
 
-@seamcall(SeamcallLeaf.MR_EXTEND)
+@dataclass(slots=True)
+class _Again:
+    """The page that the last MR.EXTEND of a processor measured; good for the very next call on the machine."""
+
+    serial: int
+    tdr: int
+    page: int
+    td: Td
+    source: int  # bus address of the page
+
+
+@seamcall(_EXTEND)
 def mr_extend(call: Call) -> None:
     """TDH.MR.EXTEND: extend MRTD with 256 bytes of a page that was added, before TDH.MR.FINALIZE.
 
@@ -29,10 +43,21 @@ def mr_extend(call: Call) -> None:
     regs = call.regs
     gpa, tdr = regs.rcx, regs.rdx
     regs.rcx = regs.rdx = 0
-    td = open_td(call, tdr, SeamcallLeaf.MR_EXTEND, Operand.RDX, EXCLUSIVE, NO_LOCK)
+    again: _Again | None = call.again
+    if again is not None and again.serial + 1 == call.serial and again.tdr == tdr and again.page == gpa & ~0xF00:
+        # The next bytes of a page, and nobody was in SEAM mode since: what was checked then still holds.
+        call.lock(tdr, EXCLUSIVE, RDX)
+        measure.extend(again.td, measure.mr_extend_record(gpa) + call.cpu.read(again.source + (gpa & 0xF00), CHUNK))
+        again.serial = call.serial if call.alone() else 0
+        return
+    call.again = None
+    td = open_td(call, tdr, _EXTEND, RDX, EXCLUSIVE, NO_LOCK)
     if gpa & (CHUNK - 1):
         raise operand_invalid(Operand.RCX)
     _, entry, level = sept.walk_to_leaf(td, gpa)
     if entry & STATE_MASK not in _STATES:
         raise LeafError(Status.EPT_ENTRY_NOT_PRESENT)
-    measure.extend(td, measure.mr_extend_record(gpa) + call.cpu.read(sept.leaf_hpa(entry, gpa, level), CHUNK))
+    source = sept.leaf_hpa(entry, gpa, level)
+    measure.extend(td, measure.mr_extend_record(gpa) + call.cpu.read(source, CHUNK))
+    if call.alone():
+        call.again = _Again(call.serial, tdr, gpa & ~0xF00, td, source & ~0xF00)

@@ -37,7 +37,7 @@ def sys_shutdown(call: Call) -> None:
     lock_global(call, exclusive=True)
     # First close the door, then look who is inside: who enters now is refused and gone at once.
     module.enter_state(SysState.SHUTDOWN)
-    if any(other.busy for other in module.calls.values() if other is not call):
+    if not call.alone():
         module.enter_state(SysState.READY)
         raise LeafError(Status.SYS_BUSY)
     if operand & AVOID_COMPAT_SENSITIVE and (g.td_build_count or g.mig_interrupted_count):

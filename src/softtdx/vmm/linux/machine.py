@@ -85,8 +85,8 @@ class LinuxMachine(Machine):
         self.console.feed(data)
 
     def instructions(self) -> int:
-        """Guest instructions so far."""
-        return self._instructions()
+        """Instructions that this host's guests have executed so far, as their processors last showed."""
+        return sum(lp.core.counters()["instructions"] for lp in self.host.platform.lps)
 
     def load_kernel(self, kernel: BzImage, initrd: bytes, command_line: str) -> None:
         """Put firmware and boot window into memory and make the vCPUs. MachineError, PayloadError: they do not fit."""
@@ -167,6 +167,8 @@ class LinuxMachine(Machine):
         panic = next((line for line in reversed(text.splitlines()) if "Kernel panic" in line), None)
         if panic is not None:
             self._finish(MachineResult(End.CRASH, message=panic.strip()))
+        elif self.stage < Stage.CONSOLE:
+            self._finish(MachineResult(End.CRASH, message="the kernel reset the machine before it printed anything"))
         else:
             self._finish(MachineResult(End.EXIT, self.exit_status or 0, "the guest asked for a reset"))
 
