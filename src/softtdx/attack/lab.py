@@ -29,7 +29,7 @@ __all__ = [
     "run_attack",
 ]
 
-_FAMILIES = ("memory", "mapping", "control", "vcpu")
+_FAMILIES = ("memory", "mapping", "control", "vcpu", "attestation")
 _registry: dict[str, "Attack"] = {}
 
 

@@ -394,7 +394,7 @@ def shared_alias(scene: Scene) -> Observation:
     "enter-elsewhere",
     "control",
     title="A second processor takes the vCPU's state and looks into it",
-    promise="A vCPU belongs to one processor at a time: other processors are told VCPU_STATE_INCORRECT or OPERAND_BUSY.",
+    promise="A vCPU is on one processor at a time: others are told VCPU_STATE_INCORRECT or OPERAND_BUSY.",
     expected=Outcome.STOPPED,
     unprotected="an ordinary VM, whose VMCS any processor may read",
 )
