@@ -21,6 +21,7 @@ _MODULES: dict[str, tuple[str, str]] = {
     "demo": ("demo", "Build a TD from nothing, run it, take its quote and verify it."),
     "run": ("run", "Run a freestanding ELF64 or flat program as a TD (or, with --vm, as an ordinary VM)."),
     "boot": ("boot", "Boot an unmodified Linux kernel in a TD (or, with --vm, in an ordinary VM)."),
+    "top": ("top", "Run programs as TDs and VMs and watch KVM and TDX work."),
     "images": ("images", "Fetch Debian's kernel and busybox for softtdx boot."),
     "bench": ("bench", "Measure the interpreter, SEAMCALLs, TD builds and attestation on this machine."),
     "abi": ("abi", "Look up leaves, statuses, S-EPT entries and metadata fields."),

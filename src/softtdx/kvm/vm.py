@@ -238,6 +238,7 @@ class Vm:
         self.files.clear()
         if self in self.kvm.vms:
             self.kvm.vms.remove(self)
+            self.host.vms.remove(self)
         if trouble is not None:
             raise trouble
 
