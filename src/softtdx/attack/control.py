@@ -17,7 +17,7 @@ from softtdx.abi.status import SeamldrStatus
 from softtdx.abi.structs import SeamldrParams, SeamldrScenario, SeamSigstruct
 from softtdx.attack.lab import Observation, Outcome, attack
 from softtdx.attack.scene import LINE, PAGE, SECRET, SECRET_GPA, Scene, Seen, Victim, judge, say
-from softtdx.hw import LogicalProcessor, Platform, Registers
+from softtdx.hw import DramLine, LogicalProcessor, Platform, Registers
 from softtdx.kvm import Host
 from softtdx.kvm.tdx_host import TdxUnavailableError
 from softtdx.seamldr import development_release, launch_np_seamldr
@@ -202,22 +202,18 @@ def tdvps_replay(scene: Scene) -> Observation:
 
     A limit of the real scheme: the line is genuine, at its address, under the right key. Only its time is wrong.
     """
-    recorded: list[tuple[bytes, int, bool, bool]] = []
-
-    def lines(victim: Victim) -> list[int]:
-        return [victim.tdvpr() + _GPR_LINE & -LINE, (victim.tdvpr() + _GPR_LINE & -LINE) + LINE]
+    recorded: list[DramLine] = []
 
     def act(victim: Victim) -> Seen:
         def record(_: LogicalProcessor) -> None:
             if scene.protected:
-                recorded.extend(scene.memory.raw_line(at) for at in lines(victim))
+                recorded.extend(scene.dram.record(victim.tdvpr() + _GPR_LINE & -LINE, 2 * LINE))
 
         def put_back(_: LogicalProcessor) -> None:
-            if not scene.protected:
+            if scene.protected:
+                scene.dram.replay(recorded)
+            else:
                 victim.vmx_vcpu().gprs[_RSI] = 0
-                return
-            for at, (data, mac, owner, _poisoned) in zip(lines(victim), recorded, strict=True):
-                scene.memory.raw_set_line(at, data, mac, owner)
 
         victim.outside(record, rsi=0)
         regs = victim.outside(put_back, rsi=int.from_bytes(SECRET[:8], "little"))
@@ -245,7 +241,7 @@ def tdvps_read(scene: Scene) -> Observation:
             learned = b"".join(value.to_bytes(8, "little") for value in victim.vmx_vcpu().gprs)
             return
         for page in (victim.tdvpr(), *victim.tdx_vcpu().tdcx):
-            learned += scene.memory.read(page, PAGE) + scene.memory.raw_read(page, PAGE)
+            learned += scene.memory.read(page, PAGE) + scene.dram.read(page, PAGE)
 
     def act(victim: Victim) -> Seen:
         low, high = (int.from_bytes(SECRET[at : at + 8], "little") for at in (0, 8))
@@ -325,7 +321,7 @@ def kill_and_read(scene: Scene) -> Observation:
 
     with PythonGuest(scene.host, program, scene.config()) as guest:
         guest.run()
-    seen = Seen(scene.memory.read(place, PAGE) + scene.memory.raw_read(place, PAGE), "the guest never ran again")
+    seen = Seen(scene.memory.read(place, PAGE) + scene.dram.read(place, PAGE), "the guest never ran again")
     return judge(seen, SECRET, "") if seen.has_secret else Observation(Outcome.DENIED, seen.note)
 
 

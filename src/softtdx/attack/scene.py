@@ -14,7 +14,8 @@ from softtdx.abi.ghci import VmcallLeaf
 from softtdx.abi.leaves import SeamcallLeaf
 from softtdx.abi.status import status_of
 from softtdx.attack.lab import Observation, Outcome, Side
-from softtdx.hw import LogicalProcessor, PlatformDescription, Registers, preset
+from softtdx.attack.probe import page_of
+from softtdx.hw import Dram, LogicalProcessor, PlatformDescription, Registers, preset
 from softtdx.hw.faults import MachineCheck
 from softtdx.kvm import Host, KvmError
 from softtdx.kvm.memory import PAGE
@@ -70,14 +71,7 @@ class Victim:
 
     def pa(self, gpa: int = SECRET_GPA) -> int:
         """The DRAM address behind a page, which the host knows: it gave the page."""
-        vm, offset = self.machine.vm, gpa % PAGE
-        if isinstance(vm.ops, TdxVm):
-            mapping = vm.ops.secure.lookup(gpa)
-            assert mapping is not None
-            return mapping.hpa + gpa % mapping.size
-        slot = vm.memslots.find(gpa)
-        assert slot is not None
-        return self.machine.kvm.mm.get_page(slot.hva(gpa)) + offset
+        return page_of(self.machine, gpa)
 
     def flush(self) -> None:
         """INVEPT on the processor that the victim stands on."""
@@ -186,8 +180,13 @@ class Scene:
 
     @property
     def memory(self) -> Memory:
-        """DRAM: `read` and `write` as the host's software, `raw_*` as a probe on the bus."""
+        """Memory as the host's software has it."""
         return self.host.platform.memory
+
+    @property
+    def dram(self) -> Dram:
+        """The DIMMs, as a probe or an interposer has them."""
+        return self.host.platform.dram
 
     def config(self) -> MachineConfig:
         """The victim's machine."""
