@@ -169,8 +169,8 @@ class Trial:
     A record has 1024 bytes, little endian: 16 registers (0; order as `Core.gprs`), RFLAGS (128), RIP (136; in: bytes of
     code), vector and error code (144, 148; 0x100 | exit reason if the guest left by no exception), CR2 (152), code
     (160; up to 64 bytes at 0x10000000, INT3 behind), checksum of the writable pages (224), instructions executed (232),
-    an FXSAVE64 image (256), and the 256 bytes of data (768) around the boundary of the two writable pages at 0x20000000.
-    The third page there is read-only, the fourth missing.
+    an FXSAVE64 image (256), and the 256 bytes of data (768) around the boundary of the two writable pages at
+    0x20000000. The third page there is read-only, the fourth missing.
     """
 
     def __init__(self) -> None: ...
