@@ -206,9 +206,12 @@ def test_a_slot_that_is_deleted_takes_its_large_pages_along(host):
         build.init_vcpu()
         build.finalize()
         build.vcpus[0].pre_fault_memory(1 << 30, 2 * HUGE)
-        # Pending pages move too; what is not accepted stays small.
+        # Pending pages move too; small ones that are not accepted stay small.
         assert build.vm.migrate_pages(1 << 30, HUGE) == 512
+        assert build.vm.ops.secure.huge_pages == 2
+        assert build.vm.migrate_pages(1 << 30, PAGE) == 1
         assert build.vm.ops.secure.huge_pages == 1
         assert not build.vm.collapse(1 << 30)
+        assert build.vm.ops.secure.huge_pages == 1
         build.vm.set_user_memory_region2(1, 0, 0, 0)
         assert build.vm.ops.secure.mapped_pages == 0

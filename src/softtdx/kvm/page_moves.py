@@ -35,7 +35,7 @@ def migrate(
         gpas = [gpa for gpa in range(max(base, start), min(base + PAGE_2M, end), PAGE) if secure.lookup(gpa)]
         if gpas:
             count += _move(vm, lp, secure, gpas, _targets(vm, len(gpas), within))
-        if was_huge and whole and secure.promote(lp, base):
+        if was_huge and whole and secure.promote(lp, base, pending=True):  # as it was before
             vm.stats["promotions"] += 1
     vm.stats["pages relocated"] += count
     return count
