@@ -47,6 +47,8 @@ _SLICE = 20_000  # TSC ticks between two looks at a guest
 _ENTRIES = 64  # VM entries that one piece of random code gets
 _CODE_INSTRUCTIONS = 1000  # a step of the target "code"
 _CHECK_EVERY = 64
+_VERSIONS = (*[0] * 12, 1, 1, 2)
+_WORLD_LASTS = 1000  # calls
 _LEAF = 0xFFFF  # of RAX
 _WRITES_FOR_THE_HOST = (SeamcallLeaf.SYS_INFO, SeamcallLeaf.SYS_RDALL)
 _OPERANDS = ("rcx", "rdx", "r8", "r9", "r10", "r11", "r12", "r13")
@@ -121,7 +123,8 @@ class _TdWorld:
         self.secret = mapping.hpa
         table_page = td.secure.table_page(FIRMWARE_BASE, 1)
         own = [td.require_tdr(), vcpu.tdvpr, *td.tdcs, *vcpu.tdcx, self.secret, table_page]
-        self.free = [self.host.memory.alloc(zero=True) for _ in range(8)]
+        self.free = [self.host.memory.alloc(zero=True) for _ in range(32)]
+        self.tdr, self.tdvpr = td.require_tdr(), vcpu.tdvpr or 0
         self.buffers = [self.host.memory.alloc(256) + 0x5_5000 for _ in range(2)]  # for answers; no TD gets them
         self.pages = [page for page in own if page is not None] + self.free
         self.fields = [row.field_id for scope in ("td", "vp", "sys") for row in table(scope).by_name.values()]
@@ -145,6 +148,28 @@ class _TdWorld:
             value ^= 1 << rng.randrange(64)
         return value
 
+    def gpa(self, rng: random.Random) -> int:
+        """A GPA with a level: mostly of a page that is mapped, or beside one."""
+        base = rng.choice((FIRMWARE_BASE, FIRMWARE_BASE, FIRMWARE_BASE & -(1 << 21), 0, 1 << 30))
+        return base + PAGE * rng.randrange(8) | rng.choice((0, 0, 0, 1, 2))
+
+    def operands(self, rng: random.Random, leaf: SeamcallLeaf) -> dict[str, int]:
+        """Registers of the kinds that the leaf takes; each seldom of another kind."""
+        regs = {name: self.operand(rng) for name in _OPERANDS}
+        name, field = leaf.name, rng.choice(self.fields)
+        if (name.startswith("MEM_") and name != "MEM_TRACK") or name == "MR_EXTEND":
+            likely = {"rcx": self.gpa(rng), "rdx": self.tdr, "r8": rng.choice(self.free), "r9": rng.choice(self.free)}
+        elif name.endswith(("_CREATE", "_ADDCX")):
+            parent = rng.choice(self.keyids) if name == "MNG_CREATE" else self.tdvpr if name == "VP_ADDCX" else self.tdr
+            likely = {"rcx": rng.choice(self.free), "rdx": parent}
+        elif name.startswith("VP_"):
+            likely = {"rcx": self.tdvpr, "rdx": field}
+        elif name.startswith(("MNG_", "MR_")) or name == "MEM_TRACK":
+            likely = {"rcx": self.tdr, "rdx": field}
+        else:
+            likely = {"rcx": rng.choice(self.pages), "rdx": field}
+        return regs | {key: value for key, value in likely.items() if rng.randrange(16)}
+
     def check(self, *, thorough: bool) -> None:
         """The invariants: the module lives, nothing is locked between calls, and the host reads no plaintext."""
         platform = self.host.platform
@@ -165,16 +190,20 @@ class _TdWorld:
 
 def _seamcalls(rng: random.Random, steps: int) -> Iterator[int]:
     """SEAMCALLs with registers that mean something, on all processors in turn."""
-    world = _TdWorld()
     leaves = [leaf for leaf in SeamcallLeaf if leaf is not SeamcallLeaf.SYS_SHUTDOWN]
     for step in range(steps):
-        regs = Registers(rax=rax_for(rng.choice(leaves), rng.choice((0, 0, 0, 1, 2))))
+        if step % _WORLD_LASTS == 0:  # its TD does not live long
+            world = _TdWorld()
+        leaf = rng.choice(leaves)
+        if leaf is SeamcallLeaf.MNG_VPFLUSHDONE and rng.randrange(16):
+            leaf = SeamcallLeaf.MEM_RANGE_BLOCK  # the end of the TD comes later
+        regs = Registers(rax=rax_for(leaf, rng.choice(_VERSIONS)))
         if rng.randrange(64) == 0:
             regs.rax = rng.getrandbits(63)
         # What these write with KeyID 0 where the host says spoils a TDX page as the host's own store does: no finding.
         harmless = regs.rax & _LEAF in _WRITES_FOR_THE_HOST
-        for name in _OPERANDS:
-            setattr(regs, name, rng.choice((*world.buffers, *_EDGES)) if harmless else world.operand(rng))
+        for name, value in world.operands(rng, leaf).items():
+            setattr(regs, name, rng.choice((*world.buffers, *_EDGES)) if harmless else value)
         lp = rng.choice(world.host.platform.lps)
         lp.core.kick()  # TDH.VP.ENTER comes back at once
         try:
