@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from softtdx._silicon import PAYLOADS
 from softtdx.abi.fields import table
-from softtdx.abi.kvm import KVM_X86_DEFAULT_VM
+from softtdx.abi.kvm import KVM_X86_DEFAULT_VM, KVM_X86_TDX_VM, MEMORY_ATTRIBUTE_PRIVATE, MemorySlotFlag, TdxCommand
 from softtdx.abi.leaves import SeamcallLeaf, TdcallLeaf, rax_for
 from softtdx.abi.status import status_of
 from softtdx.abi.vmcs import AR_CODE32, AR_DATA32
@@ -23,11 +23,12 @@ from softtdx.attest.tdreport import parse_tdreport
 from softtdx.errors import SoftTdxError
 from softtdx.hw import Registers, preset
 from softtdx.hw.faults import MachineCheck, VmFail
-from softtdx.kvm import Host, Kvm, KvmError
+from softtdx.kvm import Host, Kvm, KvmError, Vcpu
 from softtdx.kvm.memory import PAGE
 from softtdx.kvm.tdx import TdxVm
 from softtdx.kvm.tdx_vcpu import TdxVcpu
-from softtdx.kvm.uapi import Regs, Segment, Sregs
+from softtdx.kvm.uapi import Regs, Segment, Sregs, TdxInitMemRegion, TdxInitVm
+from softtdx.kvm.vm import Vm
 from softtdx.kvm.vmx import VmxVcpu
 from softtdx.module.locks import HOST_PRIORITY
 from softtdx.vmm import GuestError, Machine, MachineConfig, MachineError, parse_payload
@@ -312,6 +313,65 @@ def _run(host: Host, ops: VmxVcpu) -> int:
         return lp.core.retired - start
 
 
+# --- the kernel's ioctls
+def _ioctls(rng: random.Random, steps: int) -> Iterator[int]:
+    """What user space can ask of KVM, with good and bad arguments, in any order: an answer or an errno."""
+    host = boot_host()
+    done = 0
+    while done < steps:
+        kvm = Kvm(host)
+        vm = kvm.create_vm(rng.choice((KVM_X86_DEFAULT_VM, KVM_X86_TDX_VM, KVM_X86_TDX_VM)))
+        hva = kvm.mm.mmap(_VM_MEMORY)
+        vcpus: list[Vcpu] = []
+        try:
+            for _ in range(min(rng.randrange(40, 120), steps - done)):
+                done += 1
+                with contextlib.suppress(KvmError):
+                    _ioctl(rng, vm, vcpus, hva)
+                yield 1
+        finally:
+            with contextlib.suppress(KvmError):
+                vm.close()
+            kvm.mm.close()
+        _settled(host)
+
+
+def _ioctl(rng: random.Random, vm: Vm, vcpus: list[Vcpu], hva: int) -> None:
+    def number() -> int:
+        return rng.choice((0, 1, 2, PAGE, 0x1_0000, _VM_MEMORY, 1 << 21, *_EDGES, rng.getrandbits(64)))
+
+    def good(value: int) -> int:
+        return value if rng.randrange(4) else number()
+
+    kind = rng.randrange(10)
+    if kind == 0:
+        file = vm.create_guest_memfd(good(_VM_MEMORY), rng.choice((0, 0, 1))) if rng.randrange(2) else None
+        flags = MemorySlotFlag.GUEST_MEMFD if file else MemorySlotFlag(0)
+        vm.set_user_memory_region2(good(rng.randrange(3)), good(0), good(_VM_MEMORY), good(hva), flags, file)
+    elif kind == 1:
+        vm.set_memory_attributes(good(0), good(_VM_MEMORY), rng.choice((0, MEMORY_ATTRIBUTE_PRIVATE, number())))
+    elif kind == 2:
+        vcpus.append(vm.create_vcpu(good(len(vcpus))))
+    elif kind == 3:
+        vm.memory_encrypt_op(TdxCommand.INIT_VM, TdxInitVm(attributes=good(1 << 28), cpuid=()))
+    elif kind == 4:
+        vm.memory_encrypt_op(rng.choice((*TdxCommand, number())), rng.choice((None, number())))
+    elif vcpus:
+        vcpu = rng.choice(vcpus)
+        if kind == 5:
+            vcpu.memory_encrypt_op(TdxCommand.INIT_VCPU, good(0))
+        elif kind == 6:
+            region = TdxInitMemRegion(good(hva), good(0x1_0000), good(rng.randrange(1, 4)))
+            vcpu.memory_encrypt_op(TdxCommand.INIT_MEM_REGION, region)
+        elif kind == 7:
+            vcpu.pre_fault_memory(good(0), good(PAGE))
+        elif kind == 8:
+            vcpu.set_regs(Regs(tuple(number() for _ in range(16)), number(), number()))
+        else:
+            vcpu.kick()  # KVM_RUN comes back at once
+            vcpu.run()
+
+
 # --- files
 def _files(rng: random.Random, steps: int) -> Iterator[int]:
     """Files that are nearly good: each parser answers, or refuses with SoftTdxError."""
@@ -342,6 +402,7 @@ TARGETS: dict[str, Callable[[random.Random, int], Iterator[int]]] = {
     "seamcall": _seamcalls,
     "tdcall": _tdcalls,
     "code": _code,
+    "ioctl": _ioctls,
     "files": _files,
 }
 """Target -> what it does for a number of steps."""
