@@ -43,9 +43,11 @@ _U64 = (1 << 64) - 1
 _MARK = b"what only the TD may read, ever!"
 _LOOP = b"\xeb\xfe"
 _CODE_SIZE = 64 << 10
+_TABLES = 0x2_0000  # in the guest of the target "code"
+_RSP = 4
 _VM_MEMORY = 1 << 20
-_SLICE = 20_000  # TSC ticks between two looks at a guest
-_ENTRIES = 64  # VM entries that one piece of random code gets
+_SLICE = 4_000  # TSC ticks between two looks at a guest
+_ENTRIES = 512  # VM entries that one piece of random code gets
 _CODE_INSTRUCTIONS = 1000  # a step of the target "code"
 _CHECK_EVERY = 64
 _VERSIONS = (*[0] * 12, 1, 1, 2)
@@ -279,15 +281,15 @@ def _code(rng: random.Random, steps: int) -> Iterator[int]:
         hva = kvm.mm.mmap(_VM_MEMORY)
         vm.set_user_memory_region2(0, 0, _VM_MEMORY, hva)
         kvm.mm.write(hva, rng.randbytes(_CODE_SIZE))
+        kvm.mm.write(hva + _TABLES, _tables(rng))
         for index in range(4):
             vcpu = vm.create_vcpu(index)
             flat, wide = Segment(0x10, 0, 0xFFFF_FFFF, AR_DATA32), Segment(0x08, 0, 0xFFFF_FFFF, AR_CODE32)
-            vcpu.set_sregs(Sregs(cs=wide, ds=flat, es=flat, fs=flat, gs=flat, ss=flat, cr0=0x21))
-            gprs = tuple(rng.choice((rng.randrange(_VM_MEMORY), rng.getrandbits(64), *_EDGES[:4])) for _ in range(16))
-            vcpu.set_regs(Regs(gprs, rng.randrange(_CODE_SIZE), rng.getrandbits(12) & 0xCD5 | 2))
+            sregs = Sregs(cs=wide, ds=flat, es=flat, fs=flat, gs=flat, ss=flat, cr0=0x21)
+            sregs.idt_base, sregs.gdt_base = _TABLES, _TABLES + 256 * 8
             ops = vcpu.ops
             assert isinstance(ops, VmxVcpu)
-            done += max(_run(host, ops), 1)
+            done += max(_run(rng, host, ops, sregs), 1)
         vm.close()
         kvm.mm.close()
         count = done // _CODE_INSTRUCTIONS
@@ -295,18 +297,37 @@ def _code(rng: random.Random, steps: int) -> Iterator[int]:
         before = count
 
 
-def _run(host: Host, ops: VmxVcpu) -> int:
+def _tables(rng: random.Random) -> bytes:
+    """An IDT whose gates lead anywhere into the code, so that an exception is not the end, and a flat GDT."""
+    gates = b""
+    for _ in range(256):
+        offset = rng.randrange(_CODE_SIZE)
+        gates += (offset & 0xFFFF | 0x08 << 16 | 0x8E00 << 32 | offset >> 16 << 48).to_bytes(8, "little")
+    return gates + b"".join(entry.to_bytes(8, "little") for entry in (0, 0xCF9B_0000_00FFFF, 0xCF93_0000_00FFFF))
+
+
+def _start(rng: random.Random, ops: VmxVcpu, sregs: Sregs) -> None:
+    gprs = [rng.choice((rng.randrange(_VM_MEMORY), rng.getrandbits(64), *_EDGES[:4])) for _ in range(16)]
+    gprs[_RSP] = rng.randrange(_TABLES + PAGE, _VM_MEMORY)
+    ops.set_sregs(sregs)
+    ops.set_regs(Regs(tuple(gprs), rng.randrange(_CODE_SIZE), rng.getrandbits(12) & 0xCD5 | 2))
+
+
+def _run(rng: random.Random, host: Host, ops: VmxVcpu, sregs: Sregs) -> int:
+    """Enter many times; where the guest cannot go on, with new registers at another place."""
     with host.cpus.run() as lp:
         start = lp.core.retired
         ops.load(lp)
+        _start(rng, ops, sregs)
         try:
             for _ in range(_ENTRIES):
                 lp.core.set_host_timer(lp.core.rdtsc() + _SLICE)
-                ops.run(lp)
-                if not ops.handle_exit(lp):
-                    break
-        except KvmError:
-            pass  # KVM says that it cannot go on: an answer
+                goes_on = False
+                with contextlib.suppress(KvmError):  # KVM says that it cannot go on: an answer
+                    ops.run(lp)
+                    goes_on = ops.handle_exit(lp)
+                if not goes_on:
+                    _start(rng, ops, sregs)
         finally:
             lp.core.set_host_timer(None)
             ops.flush()
