@@ -272,7 +272,7 @@ def _settled(host: Host) -> None:
 
 # --- the interpreter
 def _code(rng: random.Random, steps: int) -> Iterator[int]:
-    """Random bytes as machine code of an ordinary VM, 32-bit and 16-bit; a step is a thousand instructions."""
+    """Random bytes as 32-bit machine code of an ordinary VM; a step is a thousand instructions."""
     host = boot_host(preset("spr"), tdx=False)
     done, before = 0, 0
     while done < steps * _CODE_INSTRUCTIONS:
