@@ -27,6 +27,7 @@ _MODULES: dict[str, tuple[str, str]] = {
     "abi": ("abi", "Look up leaves, statuses, S-EPT entries and metadata fields."),
     "attack": ("attack", "Try what real attackers try."),
     "dram": ("attack", "Look at DRAM as a probe on the memory bus does."),
+    "campaign": ("campaign", "Fuzz the walls, the interpreter and the parsers on many processes."),
     "replay": ("replay", "Replay recorded behaviour of a TDX module and compare."),
     "pki": ("attest", "Make the certificates of a simulated platform."),
     "pcs": ("attest", "Serve collateral over HTTP, as Intel's PCCS does."),

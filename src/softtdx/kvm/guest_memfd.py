@@ -72,14 +72,14 @@ class GuestMemfd:
             if pa is not None:
                 whole = pa % PAGE_2M == 0 and all(self._pages.get(index + i) == pa + i * PAGE for i in range(_HUGE))
                 return pa if whole else None
-            if (index + _HUGE) * PAGE > self.size or any(index + i in self._pages for i in range(_HUGE)):
+            if (index + _HUGE) * PAGE > self.size or not self._pages.keys().isdisjoint(range(index, index + _HUGE)):
                 return None
             try:
                 pa = self._memory.alloc(_HUGE, align=PAGE_2M)
             except KvmError:
                 return None
-            for i in range(_HUGE):
-                self._pages[index + i] = pa + i * PAGE
+            indexes, pages = range(index, index + _HUGE), range(pa, pa + PAGE_2M, PAGE)
+            self._pages.update(zip(indexes, pages, strict=True))
             self._homes[index // _HUGE] = pa
             return pa
 

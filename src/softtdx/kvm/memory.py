@@ -106,8 +106,9 @@ class HostMemory:
     def free(self, pa: int, pages: int = 1) -> None:
         """Give pages back. A page that TDX still owns is a bug of the caller: RuntimeError."""
         with self._lock:
-            owned = next((page for page in range(pa, pa + pages * PAGE, PAGE) if page in self._tdx_pages), None)
-            if owned is not None:
+            freed = range(pa, pa + pages * PAGE, PAGE)
+            if not self._tdx_pages.keys().isdisjoint(freed):
+                owned = next(page for page in freed if page in self._tdx_pages)
                 raise RuntimeError(f"page {owned:#x} is freed while TDX owns it ({self._tdx_pages[owned]})")
             self._add(pa, pa + pages * PAGE)
             self.free_pages += pages
@@ -133,8 +134,7 @@ class HostMemory:
     def give_to_tdx(self, pa: int, use: str, pages: int = 1) -> None:
         """Note that the pages now belong to the TDX module, as `use`."""
         with self._lock:
-            for page in range(pa, pa + pages * PAGE, PAGE):
-                self._tdx_pages[page] = use
+            self._tdx_pages.update(dict.fromkeys(range(pa, pa + pages * PAGE, PAGE), use))
 
     def take_from_tdx(self, pa: int, pages: int = 1) -> None:
         """Note that the pages are the host's again."""

@@ -206,12 +206,13 @@ class SecureEpt:
             for i in range(_PARTS - 1, 0, -1)
         )
 
-    def promote(self, lp: LogicalProcessor, base: int) -> bool:
+    def promote(self, lp: LogicalProcessor, base: int, *, pending: bool = False) -> bool:
         """Merge the 512 leaves from `base` on. False when the TD has not accepted all of them yet.
 
-        A range that is pending as a whole stays small: a TD that accepts it in small pages would have it split again.
+        A range that is pending as a whole is merged only if `pending`: a TD that accepts it in small pages would have
+        it split again.
         """
-        if not self.may_promote(base) or self._is_pending(lp, base):
+        if not self.may_promote(base) or (not pending and self._is_pending(lp, base)):
             return False
         with self._blocked(lp, [(base, 1)]) as blocked:
             call = partial(sc.mem_page_promote, lp, self._tdr, base, 1)

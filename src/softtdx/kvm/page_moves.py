@@ -35,7 +35,7 @@ def migrate(
         gpas = [gpa for gpa in range(max(base, start), min(base + PAGE_2M, end), PAGE) if secure.lookup(gpa)]
         if gpas:
             count += _move(vm, lp, secure, gpas, _targets(vm, len(gpas), within))
-        if was_huge and whole and secure.promote(lp, base):
+        if was_huge and whole and secure.promote(lp, base, pending=True):  # as it was before
             vm.stats["promotions"] += 1
     vm.stats["pages relocated"] += count
     return count
@@ -72,9 +72,20 @@ def note_promotable(secure: SecureEpt, gpa: int) -> None:
 
 
 def promote_ready(vm: Vm, lp: LogicalProcessor, secure: SecureEpt) -> None:
-    """Merge what `note_promotable` noted. A range that the TD is slow to accept is given up."""
+    """Merge what `note_promotable` noted. A range that the TD is slow to accept is given up.
+
+    So is one that the module refuses to merge: the TD does as well with small pages, unless they stay blocked.
+    """
     for base, attempts in list(secure.promotable.items()):
-        if secure.promote(lp, base):
+        try:
+            merged = secure.promote(lp, base)
+        except KvmError:
+            del secure.promotable[base]
+            vm.stats["promotions refused"] += 1
+            if vm.dead:
+                raise
+            continue
+        if merged:
             vm.stats["promotions"] += 1
         elif attempts + 1 < _ATTEMPTS:
             secure.promotable[base] = attempts + 1
