@@ -7,7 +7,7 @@ Every physical address (`pa`) is 64 bits as software writes it: the KeyID stands
 from collections.abc import Callable
 from typing import Final
 
-class SiliconFault(Exception):
+class SiliconFault(Exception):  # noqa: N818 - a fault is the architecture's word
     """An access the hardware refuses. `pa` is the address, KeyID included."""
 
     pa: int
@@ -17,9 +17,10 @@ class MachineCheck(SiliconFault):
 
 class BusFault(SiliconFault):
     """The address has reserved bits set, or names a private KeyID outside SEAM mode (#PF with RSVD on hardware), or one
-    without a key; or the access runs over the top of DRAM addresses, or a page operation is not page aligned."""
+    without a key; or the access runs over the top of DRAM addresses, or a page operation is not page aligned.
+    """
 
-class VmFail(Exception):
+class VmFail(Exception):  # noqa: N818 - VMfail is the SDM's word
     """VMfailInvalid or VMfailValid. `error` is the VM-instruction error number, 0 for VMfailInvalid."""
 
     error: int
@@ -120,7 +121,8 @@ class Core:
     def configure(self, **options: int | bool) -> None:
         """What this processor is: `tsc_real`, `tsc_hz`, `tsc_per_1024` (virtual TSC ticks for 1024 instructions),
         `pa_bits`, `vmcs_revision`, `seed` (RDRAND), `cr4_valid`, `xcr0_valid`, `xss_valid`; unknown names raise
-        ValueError."""
+        ValueError.
+        """
     # --- VMX. Field encodings are the SDM's (Appendix B) and the TDX additions (shared EPTP 0x203C, HKID 0x4026).
     def vmclear(self, pa: int) -> None: ...
     def vmptrld(self, pa: int) -> None: ...
@@ -155,10 +157,27 @@ class Core:
     """Instructions retired in non-root mode: `counters()["instructions"]` for who asks at every entry. Read only."""
     def counters(self) -> dict[str, int]:
         """instructions, lookups, decoded, tlb_fills, exits, undefined (instructions that raised #UD for want of
-        support), ... While the processor runs: as of its last exit or pause."""
+        support), ... While the processor runs: as of its last exit or pause.
+        """
     def undefined(self) -> list[str]:
         """The instructions, disassembled, that this interpreter could not do and so raised #UD (newest 100)."""
     trace: Callable[[str], None] | None
+
+class Trial:
+    """Instruction tests in bulk: a processor with one small 64-bit user-mode guest, outside any platform.
+
+    A record has 1024 bytes, little endian: 16 registers (0; order as `Core.gprs`), RFLAGS (128), RIP (136; in: bytes of
+    code), vector and error code (144, 148; 0x100 | exit reason if the guest left by no exception), CR2 (152), code
+    (160; up to 64 bytes at 0x10000000, INT3 behind), checksum of the writable pages (224), instructions executed (232),
+    an FXSAVE64 image (256), and the 256 bytes of data (768) around the boundary of the two writable pages at
+    0x20000000. The third page there is read-only, the fourth missing.
+    """
+
+    def __init__(self) -> None: ...
+    def run(self, records: bytes) -> bytes:
+        """Each record executed until its first exception; ValueError if they are no whole number of records."""
+    def undefined(self) -> list[str]:
+        """As `Core.undefined`."""
 
 def sha384_init() -> bytes:
     """The 64-byte SHA-384 chaining value at the start (SHA-512 words, big endian)."""

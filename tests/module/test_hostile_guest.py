@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from tdx_machine import Leaf, Machine, Td
 
 from softtdx.abi.exits import ExitReason as R
+from softtdx.abi.msrs import policy
 from softtdx.abi.status import FATAL, NON_RECOVERABLE, Status
 from softtdx.hw import Registers
 from softtdx.hw.registers import GPR_NAMES
@@ -29,12 +30,20 @@ def event(draw_vector: int, kind: int, extra: int) -> int:
     return 1 << 31 | kind << 8 | vector | code | (extra & 1) << 12
 
 
+def never_exits(msr: int, *, write: bool) -> bool:
+    """Whether the MSR bitmaps of every TD let accesses to the MSR through."""
+    row = policy(msr)
+    return row is not None and (row.wr_action if write else row.rd_action) == "FATAL_ERROR"
+
+
 @st.composite
 def exits(draw):
     """One exit: anything in the registers, anything plausible in the VMCS."""
     reason = draw(st.sampled_from(sorted(set(R) - IMPOSSIBLE)))
     gprs = {name: SECRET | n for n, name in enumerate(GPR_NAMES) if name != "rsp"}
     gprs |= {name: draw(words) for name in ("rax", "rcx", "rdx", "rbx")}
+    if reason in (R.RDMSR, R.WRMSR) and never_exits(gprs["rcx"] & 0xFFFF_FFFF, write=reason == R.WRMSR):
+        gprs["rcx"] = 0
     fields = {
         vmcs.EXIT_QUALIFICATION: draw(words),
         vmcs.LINEAR_ADDRESS: draw(words),

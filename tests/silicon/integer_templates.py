@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Iterator
 
-import values
-from context import ALL_FLAGS, RAX, RBP, RCX, RDI, RDX, Context, Template
-from encoding import RSI, Mem, modrm, vex
-from records import MISSING, WINDOW
+import isa_values
+from isa_context import ALL_FLAGS, RAX, RBP, RCX, RDI, RDX, Context, Template
+from isa_encoding import RSI, Mem, modrm, vex
+from isa_records import MISSING, WINDOW
 
 _SIZES = (1, 2, 4, 8)
 _CONDITIONS = ["o", "no", "b", "ae", "e", "ne", "be", "a", "s", "ns", "p", "np", "l", "ge", "le", "g"]
@@ -262,7 +262,7 @@ def _bits() -> Iterator[Template]:
         ctx.define("CF", "ZF")
         ctx.undefine("OF", "SF", "AF", "PF")
         opcode = bytes([0x0F, ctx.rng.choice([0xBC, 0xBD])])
-        return b"\xf3"[:0] + _repeat(_encode(ctx, size, opcode, ctx.dst(), ctx.rm(size)))
+        return _repeat(_encode(ctx, size, opcode, ctx.dst(), ctx.rm(size)))
 
     def popcnt(ctx: Context, size: int) -> bytes:
         ctx.define_all()
@@ -372,7 +372,7 @@ def _moves() -> Iterator[Template]:
 
     def imm64(ctx: Context) -> bytes:
         reg = ctx.dst()
-        return bytes([0x48 | reg >> 3, 0xB8 | reg & 7]) + values.integer(ctx.rng).to_bytes(8, "little")
+        return bytes([0x48 | reg >> 3, 0xB8 | reg & 7]) + isa_values.integer(ctx.rng).to_bytes(8, "little")
 
     def stack(ctx: Context) -> bytes:
         reg = ctx.dst()
@@ -461,9 +461,6 @@ def _strings() -> Iterator[Template]:
     def emit(ctx: Context, size: int, opcode: int) -> bytes:
         prepare(ctx)
         rep = ctx.rng.choice([b"", b"\xf3", b"\xf3", b"\xf2"])
-        if opcode in {0xA6, 0xAE}:
-            # Without a step no flag changes.
-            (ctx.undefine if False else ctx.define)()
         head = b"\x66" if size == 2 else b""
         address = ctx.rng.choice([b"", b"", b"", b"\x67"])
         rex = b"\x48" if size == 8 else b""

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Iterator
 
-from context import Context, Template
-from encoding import RDI, modrm
-from records import WINDOW
+from isa_context import Context, Template
+from isa_encoding import RDI, modrm
+from isa_records import WINDOW
 
 P66, PF3, PF2, NONE = b"\x66", b"\xf3", b"\xf2", b""
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Iterator
 
-from context import ALL_FLAGS, Context, Template
-from encoding import modrm
+from isa_context import ALL_FLAGS, Context, Template
+from isa_encoding import modrm
 
 _C = 0x4700
 
@@ -133,4 +133,28 @@ def _exact() -> Iterator[Template]:
         yield Template(name, "x87", _plain(second))
 
 
-X87 = [*_arith(), *_flags(), *_moves(), *_exact()]
+def _environment() -> Iterator[Template]:
+    for name, first, op, size in [
+        ("fnstenv", 0xD9, 6, 28),
+        ("fldenv", 0xD9, 4, 28),
+        ("fnsave", 0xDD, 6, 108),
+        ("frstor", 0xDD, 4, 108),
+    ]:
+        yield Template(name, "x87", _memory(first, op, size))
+
+
+def _approximate() -> Iterator[Template]:
+    """Only for operands in the range where the function is defined: others are undefined, and differ."""
+    for name, second in [("fsin", 0xFE), ("fcos", 0xFF), ("fpatan", 0xF3), ("fyl2x", 0xF1)]:
+
+        def emit(ctx: Context, second: int = second) -> bytes:
+            # Constants that are well inside every domain, and far from multiples of pi.
+            ctx.loose = True
+            load = bytes([0xD9, ctx.rng.choice([0xE8, 0xEA, 0xED])])
+            return b"\xdb\xe3" + load + bytes([0xD9, ctx.rng.choice([0xE8, 0xEA]), 0xD9, second])
+
+        yield Template(name, "x87", emit)
+
+
+TRANSCENDENTAL = list(_approximate())
+X87 = [*_arith(), *_flags(), *_moves(), *_exact(), *_environment()]

@@ -57,3 +57,19 @@ def test_every_access_to_every_port_is_answered_within_its_width(accesses):
         bus.access(0, io)
         assert 0 <= io.value < 1 << 8 * size
     assert all(0 <= status <= 255 for status in ended)
+
+
+def test_a_driver_that_polls_learns_what_happened():
+    sent = []
+    port = Serial16550(sent.append)
+    assert port.read(2) & 1
+    port.write(1, 3)
+    assert port.read(2) & 0xF == 2
+    assert port.read(2) & 1
+    port.feed(b"a")
+    assert port.read(2) & 0xF == 4
+    assert port.read(0) == ord("a")
+    assert port.read(2) & 1
+    port.write(0, ord("b"))
+    assert port.read(2) & 0xF == 2
+    assert sent == [b"b"]

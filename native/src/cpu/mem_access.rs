@@ -17,6 +17,29 @@ pub const PAGES: usize = 128;
 /// No page has this address.
 pub const NO_PAGE: (u64, usize) = (u64::MAX, 0);
 
+/// LOCK CMPXCHG16B on the host.
+///
+/// # Safety
+/// `at` points to 16 writable bytes of guest memory, aligned, and the host has the instruction.
+#[cfg(target_arch = "x86_64")]
+unsafe fn host_cas_16_bytes(at: *mut u8, old: u128, new: u128) -> u128 {
+    let (mut low, mut high) = (old as u64, (old >> 64) as u64);
+    // RBX belongs to the compiler: it is lent for the one instruction. (The intrinsic of the standard library may end
+    // up as a call into a library that is not there.)
+    std::arch::asm!(
+        "xchg rbx, rsi",
+        "lock cmpxchg16b [rdi]",
+        "xchg rbx, rsi",
+        in("rdi") at,
+        inout("rsi") new as u64 => _,
+        in("rcx") (new >> 64) as u64,
+        inout("rax") low,
+        inout("rdx") high,
+        options(nostack),
+    );
+    u128::from(high) << 64 | u128::from(low)
+}
+
 impl Cpu {
     // --- calls into memory. Each may have waited for a shootdown of somebody else, so each polls.
 
@@ -244,6 +267,18 @@ impl Cpu {
             }
             old = T::from64(found as u64);
         }
+    }
+
+    /// LOCK CMPXCHG16B of an aligned operand: the value found.
+    pub fn cas_16_bytes(&mut self, linear: u64, old: u128, new: u128) -> Result<u128, Stop> {
+        #[cfg(target_arch = "x86_64")]
+        if is_x86_feature_detected!("cmpxchg16b") {
+            if let Some(at) = self.pointer(linear, true)? {
+                // SAFETY: `pointer` vouches for the page, the caller for the alignment, the line above for the host.
+                return Ok(unsafe { host_cas_16_bytes(at, old, new) });
+            }
+        }
+        self.cas_slow(linear, 16, old, new)
     }
 
     // --- slow paths. They return register pairs, so that handlers keep nothing on the stack.

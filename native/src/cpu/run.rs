@@ -48,6 +48,8 @@ impl Cpu {
         }
         self.pause_at = self.icount + SLICE;
         self.plan();
+        // What was posted before the run is met at its first boundary: a pending interrupt ends it at once.
+        self.look_at = self.icount;
         let outcome = self.run_loop(&mut cache);
         self.slot.leave();
         self.cache = Some(cache);

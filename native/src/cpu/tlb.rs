@@ -204,7 +204,9 @@ impl Cpu {
     pub fn switch_pcid(&mut self, old: u16, new: u16, keep: bool) {
         let (space, code_space) = (self.space, self.code_space);
         let spaces = &mut self.spaces;
-        let known = |kept: &[Kept; KEPT], pcid| kept.iter().position(|kept| kept.valid && kept.pcid == pcid);
+        let known = |kept: &[Kept; KEPT], pcid| {
+            kept.iter().position(|kept| kept.valid && kept.pcid == pcid)
+        };
         let slot = known(&spaces.kept, old).unwrap_or_else(|| {
             spaces.oldest = (spaces.oldest + 1) % KEPT;
             spaces.oldest

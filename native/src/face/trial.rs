@@ -25,7 +25,7 @@ impl Trial {
     }
 
     fn run<'py>(&self, py: Python<'py>, records: &[u8]) -> PyResult<Bound<'py, PyBytes>> {
-        if records.len() % trial::RECORD != 0 {
+        if !records.len().is_multiple_of(trial::RECORD) {
             return Err(PyValueError::new_err(format!(
                 "{} bytes are no whole number of {}-byte records",
                 records.len(),

@@ -107,3 +107,88 @@ proptest! {
         waker.join().unwrap();
     }
 }
+
+/// Random code through [`Trial`], case after case, until so many instructions were executed. Bytes are random, or
+/// instructions of random opcodes with plausible operands, which get further.
+fn storm(instructions: u64, seed: u64) {
+    use softtdx_silicon::cpu::trial::{Trial, RECORD};
+    let mut random = seed;
+    let mut next = || {
+        random = random
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        (random ^ random >> 29).wrapping_mul(0x9e37_79b9_7f4a_7c15)
+    };
+    let mut trial = Trial::new().unwrap();
+    let mut executed = 0;
+    while executed < instructions {
+        let mut records = vec![0; RECORD * 64];
+        for record in records.chunks_exact_mut(RECORD) {
+            for word in record.chunks_exact_mut(8) {
+                word.copy_from_slice(&next().to_le_bytes());
+            }
+            // Half of the registers are addresses of data.
+            let pick = next();
+            for n in (0..16).filter(|n| pick >> n & 1 != 0) {
+                let address = 0x2000_0000 + next() % 0x2000;
+                record[n * 8..n * 8 + 8].copy_from_slice(&address.to_le_bytes());
+            }
+            record[136..144].copy_from_slice(&60u64.to_le_bytes());
+            if next() & 1 == 0 {
+                plausible(&mut record[160..224], &mut next);
+            }
+        }
+        trial.run(&mut records).unwrap();
+        for record in records.chunks_exact(RECORD) {
+            let mut count = [0; 8];
+            count.copy_from_slice(&record[232..240]);
+            // At least one was tried.
+            executed += u64::from_le_bytes(count).max(1);
+        }
+    }
+}
+
+/// Prefixes, an opcode of any map, and a register or small memory operand.
+fn plausible(code: &mut [u8], next: &mut impl FnMut() -> u64) {
+    let mut at = 0;
+    while at < 48 {
+        let bits = next();
+        let mut put = |byte: u64| {
+            code[at] = byte as u8;
+            at += 1;
+        };
+        if bits & 3 == 0 {
+            put([0x66, 0xf2, 0xf3, 0xf0][(bits >> 2 & 3) as usize]);
+        }
+        if bits & 0x30 == 0 {
+            put(0x40 | bits >> 8 & 15);
+        }
+        match bits >> 6 & 3 {
+            0 => {}
+            1 => put(0x0f),
+            2 => {
+                put(0x0f);
+                put(0x38);
+            }
+            _ => {
+                put(0x0f);
+                put(0x3a);
+            }
+        }
+        put(bits >> 16);
+        put(bits >> 24 & 0x3f | if bits >> 60 & 1 != 0 { 0xc0 } else { 0x00 });
+    }
+}
+
+#[test]
+fn random_instructions_in_bulk_do_no_harm() {
+    storm(200_000, 1);
+}
+
+#[test]
+#[ignore = "a long campaign"]
+fn a_hundred_million_random_instructions_do_no_harm() {
+    for seed in 0..10 {
+        storm(10_000_000, 1000 + seed);
+    }
+}

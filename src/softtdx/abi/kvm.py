@@ -26,6 +26,47 @@ class TdxCommand(IntEnum):
     GET_CPUID = 5
 
 
+def _io(direction: int, number: int, size: int) -> int:
+    """_IO, _IOW (direction 1), _IOR (2) and _IOWR (3) of asm-generic/ioctl.h with KVM's type 0xAE."""
+    return direction << 30 | size << 16 | 0xAE << 8 | number
+
+
+class KvmIoctl(IntEnum):
+    """Request numbers of ioctl(2) on /dev/kvm, a VM and a vCPU; the size in them is that of the argument."""
+
+    GET_API_VERSION = _io(0, 0x00, 0)
+    CREATE_VM = _io(0, 0x01, 0)
+    CHECK_EXTENSION = _io(0, 0x03, 0)
+    GET_SUPPORTED_CPUID = _io(3, 0x05, 8)
+    CREATE_VCPU = _io(0, 0x41, 0)
+    SET_USER_MEMORY_REGION = _io(1, 0x46, 32)
+    SET_USER_MEMORY_REGION2 = _io(1, 0x49, 160)
+    RUN = _io(0, 0x80, 0)
+    GET_REGS = _io(2, 0x81, 144)
+    SET_REGS = _io(1, 0x82, 144)
+    GET_SREGS = _io(2, 0x83, 312)
+    SET_SREGS = _io(1, 0x84, 312)
+    GET_FPU = _io(2, 0x8C, 416)
+    SET_FPU = _io(1, 0x8D, 416)
+    SET_CPUID2 = _io(1, 0x90, 8)
+    GET_CPUID2 = _io(3, 0x91, 8)
+    GET_DEBUGREGS = _io(2, 0xA1, 128)
+    SET_DEBUGREGS = _io(1, 0xA2, 128)
+    ENABLE_CAP = _io(1, 0xA3, 104)
+    GET_XSAVE = _io(2, 0xA4, 4096)
+    SET_XSAVE = _io(1, 0xA5, 4096)
+    SIGNAL_MSI = _io(1, 0xA5, 32)
+    GET_XCRS = _io(2, 0xA6, 392)
+    SET_XCRS = _io(1, 0xA7, 392)
+    MEMORY_ENCRYPT_OP = _io(3, 0xBA, 8)
+    GET_SREGS2 = _io(2, 0xCC, 320)
+    SET_SREGS2 = _io(1, 0xCD, 320)
+    GET_XSAVE2 = _io(2, 0xCF, 4096)
+    SET_MEMORY_ATTRIBUTES = _io(1, 0xD2, 32)
+    CREATE_GUEST_MEMFD = _io(3, 0xD4, 64)
+    PRE_FAULT_MEMORY = _io(3, 0xD5, 64)
+
+
 class KvmExit(IntEnum):
     """struct kvm_run.exit_reason."""
 
@@ -160,6 +201,57 @@ class UserspaceMemoryRegion2(Wire, size=160):
     userspace_addr = uint(24, 8)
     guest_memfd_offset = uint(32, 8)
     guest_memfd = uint(40, 4)
+
+
+class UserspaceMemoryRegion(Wire, size=32):
+    """struct kvm_userspace_memory_region."""
+
+    slot = uint(0, 4)
+    flags = uint(4, 4)
+    guest_phys_addr = uint(8, 8)
+    memory_size = uint(16, 8)
+    userspace_addr = uint(24, 8)
+
+
+class CreateGuestMemfd(Wire, size=64):
+    """struct kvm_create_guest_memfd; bytes 16 to 63 are reserved."""
+
+    size = uint(0, 8)
+    flags = uint(8, 8)
+
+
+class PreFaultMemory(Wire, size=64):
+    """struct kvm_pre_fault_memory; on return `gpa` and `size` say what is left. Bytes 24 to 63 must be 0."""
+
+    gpa = uint(0, 8)
+    size = uint(8, 8)
+    flags = uint(16, 8)
+
+
+class EnableCap(Wire, size=104):
+    """struct kvm_enable_cap."""
+
+    cap = uint(0, 4)
+    flags = uint(4, 4)
+    args = uints(8, 8, 4)
+
+
+class Msi(Wire, size=32):
+    """struct kvm_msi."""
+
+    address_lo = uint(0, 4)
+    address_hi = uint(4, 4)
+    data = uint(8, 4)
+    flags = uint(12, 4)
+    devid = uint(16, 4)
+
+
+class RegsStruct(Wire, size=144):
+    """struct kvm_regs: `gprs` as it has them, rax rbx rcx rdx rsi rdi rsp rbp r8 to r15."""
+
+    gprs = uints(0, 8, 16)
+    rip = uint(128, 8)
+    rflags = uint(136, 8)
 
 
 class MemoryAttributes(Wire, size=32):

@@ -29,7 +29,7 @@ __all__ = [
     "run_attack",
 ]
 
-_FAMILIES = ("memory", "mapping")
+_FAMILIES = ("memory", "mapping", "control", "vcpu", "attestation")
 _registry: dict[str, "Attack"] = {}
 
 

@@ -270,7 +270,7 @@ def read_after_reclaim(scene: Scene) -> Observation:
 
     with PythonGuest(scene.host, program, MachineConfig(memory=1 << 20, vm=not scene.protected)) as guest:
         guest.run()
-    data = scene.memory.read(place, PAGE) + scene.memory.raw_read(place, PAGE)
+    data = scene.memory.read(place, PAGE) + scene.dram.read(place, PAGE)
     return judge(Seen(data, "the page was read on the bus and by load"), SECRET, "")
 
 

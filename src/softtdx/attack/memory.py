@@ -141,7 +141,7 @@ def probe_read(scene: Scene) -> Observation:
     scene.bare_dram = True
 
     def act(victim: Victim) -> Seen:
-        return Seen(scene.memory.raw_read(victim.pa(), PAGE), "recorded 4 KiB of the bus")
+        return Seen(scene.dram.read(victim.pa(), PAGE), "recorded 4 KiB of the bus")
 
     return scene.under_attack(act)
 
@@ -161,17 +161,10 @@ def cold_boot(scene: Scene) -> Observation:
     def act(victim: Victim) -> Seen:
         # The secret's own neighbourhood stands for the whole image: the rest of it holds no secret on either side.
         start = victim.pa() & ~((1 << 21) - 1)
-        image = scene.memory.raw_read(start, 1 << 21)
+        image = scene.dram.read(start, 1 << 21)
         return Seen(image, f"searched an image of {len(image) >> 20} MiB around the page")
 
     return scene.under_attack(act)
-
-
-def _flip(scene: Scene, address: int, bits: tuple[int, ...]) -> None:
-    line = bytearray(scene.memory.raw_read(address, LINE))
-    for bit in bits:
-        line[bit // 8] ^= 1 << bit % 8
-    scene.memory.raw_write(address, bytes(line))
 
 
 @attack(
@@ -187,7 +180,7 @@ def flip_one_bit(scene: Scene) -> Observation:
     scene.bare_dram = True
 
     def act(victim: Victim) -> Seen:
-        _flip(scene, victim.pa(), (77,))
+        scene.dram.flip_bits(victim.pa(), (77,))
         return Seen(note="flipped bit 77")
 
     return scene.under_attack(act)
@@ -206,7 +199,7 @@ def flip_two_bits(scene: Scene) -> Observation:
     scene.bare_dram = True
 
     def act(victim: Victim) -> Seen:
-        _flip(scene, victim.pa() + LINE, (3, 300))
+        scene.dram.flip_bits(victim.pa() + LINE, (3, 300))
         return Seen(note="flipped bits 3 and 300")
 
     return scene.under_attack(act)
@@ -227,7 +220,9 @@ def rowhammer(scene: Scene) -> Observation:
     def act(victim: Victim) -> Seen:
         lines = range(0, PAGE // LINE, 9)
         for n in lines:
-            _flip(scene, victim.pa() + n * LINE, tuple((n * 37 + k * 101) % (8 * LINE) for k in range(1 + n % 3)))
+            scene.dram.flip_bits(
+                victim.pa() + n * LINE, tuple((n * 37 + k * 101) % (8 * LINE) for k in range(1 + n % 3))
+            )
         return Seen(note=f"flips in {len(lines)} lines")
 
     return scene.under_attack(act)
@@ -246,8 +241,7 @@ def splice(scene: Scene) -> Observation:
     scene.bare_dram = True
 
     def act(victim: Victim) -> Seen:
-        data, mac, owner, _ = scene.memory.raw_line(victim.pa() + LINE)
-        scene.memory.raw_set_line(victim.pa(), data, mac, owner)
+        scene.dram.splice(victim.pa() + LINE, victim.pa())
         return Seen(note="line 1 put over line 0, with its MAC")
 
     return scene.under_attack(act)
@@ -272,9 +266,9 @@ def replay(scene: Scene) -> Observation:
         td = victim.td
         current = td.read(SECRET_GPA, LINE)
         td.write(SECRET_GPA, bytes(LINE))
-        old = scene.memory.raw_line(victim.pa())
+        old = scene.dram.record(victim.pa())
         td.write(SECRET_GPA, current)
-        scene.memory.raw_set_line(victim.pa(), old[0], old[1], old[2])
+        scene.dram.replay(old)
         return Seen(note="the line of before the last write was put back")
 
     return scene.under_attack(act)
@@ -295,11 +289,7 @@ def swap_pages(scene: Scene) -> Observation:
     def act(victim: Victim) -> Seen:
         victim.touch(SPARE_GPA)
         victim.td.write(SPARE_GPA, bytes(range(256)) * (PAGE // 256))
-        one, two = victim.pa(), victim.pa(SPARE_GPA)
-        for at in range(0, PAGE, LINE):
-            a, b = scene.memory.raw_line(one + at), scene.memory.raw_line(two + at)
-            scene.memory.raw_set_line(one + at, b[0], b[1], b[2])
-            scene.memory.raw_set_line(two + at, a[0], a[1], a[2])
+        scene.dram.swap(victim.pa(), victim.pa(SPARE_GPA), PAGE)
         return Seen(note="all lines of two pages swapped, MACs included")
 
     return scene.under_attack(act)

@@ -11,16 +11,23 @@ from types import TracebackType
 
 from softtdx._silicon import Memory
 from softtdx.abi.ghci import VmcallLeaf
+from softtdx.abi.leaves import SeamcallLeaf
+from softtdx.abi.status import status_of
 from softtdx.attack.lab import Observation, Outcome, Side
-from softtdx.hw import PlatformDescription, preset
-from softtdx.kvm import Host
+from softtdx.attack.probe import page_of
+from softtdx.hw import Dram, LogicalProcessor, PlatformDescription, Registers, preset
+from softtdx.hw.faults import MachineCheck
+from softtdx.kvm import Host, KvmError
 from softtdx.kvm.memory import PAGE
+from softtdx.kvm.seamcalls import seamcall
 from softtdx.kvm.tdx import TdxVm
+from softtdx.kvm.tdx_vcpu import TdxVcpu
+from softtdx.kvm.vmx import VmxVcpu
 from softtdx.vmm import GuestError, MachineConfig
 from softtdx.vmm.boot import boot_host
 from softtdx.vmm.python_guest import PythonGuest, Td
 
-__all__ = ["LINE", "PAGE", "SECRET", "SECRET_GPA", "SPARE_GPA", "Scene", "Seen", "Victim", "judge"]
+__all__ = ["LINE", "PAGE", "SECRET", "SECRET_GPA", "SPARE_GPA", "Scene", "Seen", "Victim", "judge", "say"]
 
 LINE = 64
 SECRET_GPA = 0x40_000
@@ -64,14 +71,7 @@ class Victim:
 
     def pa(self, gpa: int = SECRET_GPA) -> int:
         """The DRAM address behind a page, which the host knows: it gave the page."""
-        vm, offset = self.machine.vm, gpa % PAGE
-        if isinstance(vm.ops, TdxVm):
-            mapping = vm.ops.secure.lookup(gpa)
-            assert mapping is not None
-            return mapping.hpa + gpa % mapping.size
-        slot = vm.memslots.find(gpa)
-        assert slot is not None
-        return self.machine.kvm.mm.get_page(slot.hva(gpa)) + offset
+        return page_of(self.machine, gpa)
 
     def flush(self) -> None:
         """INVEPT on the processor that the victim stands on."""
@@ -84,6 +84,40 @@ class Victim:
         else:
             self.td.cpuid(0)
 
+    def outside(self, act: Callable[[LogicalProcessor], None], **registers: int) -> Registers:
+        """Let the host do `act` while the vCPU is out of the guest: at its next exit, before the host answers it.
+
+        The guest exits with `registers` (see `Td.hold`) and gets back what is returned.
+        """
+        ops = self.machine.vcpus[0].ops
+        answer = ops.handle_exit
+
+        def handle_exit(lp: LogicalProcessor) -> bool:
+            del ops.handle_exit
+            act(lp)
+            return answer(lp)
+
+        ops.handle_exit = handle_exit  # type: ignore[method-assign]
+        return self.td.hold(**registers)
+
+    def vmx_vcpu(self) -> VmxVcpu:
+        """The host's whole state of an ordinary VM's vCPU."""
+        ops = self.machine.vcpus[0].ops
+        assert isinstance(ops, VmxVcpu)
+        return ops
+
+    def tdx_vcpu(self) -> TdxVcpu:
+        """What KVM has of a TD's vCPU."""
+        ops = self.machine.vcpus[0].ops
+        assert isinstance(ops, TdxVcpu)
+        return ops
+
+    def tdvpr(self) -> int:
+        """The root page of the vCPU's TDVPS."""
+        page = self.tdx_vcpu().tdvpr
+        assert page is not None
+        return page
+
     def tdx(self) -> TdxVm:
         """KVM's side of the TD."""
         assert isinstance(self.machine.vm.ops, TdxVm)
@@ -94,13 +128,17 @@ class Scene:
     """One side of an attack. Use it in a with statement.
 
     Protected: a TD on a platform with cryptographic integrity. Unprotected: an ordinary VM on a platform without
-    integrity; an attack on the DIMMs sets `bare_dram` first, which switches total memory encryption off there too.
+    integrity; an attack on the DIMMs sets `bare_dram` first, which switches total memory encryption off there too, and
+    an attack by way of the TDX module sets `debug_td`, so that the victim there is a TD with ATTRIBUTES.DEBUG.
+    With `always_td` it is an ordinary TD there too, and the attack says what else is missing.
     """
 
     def __init__(self, side: Side) -> None:
         """Nothing is built before `host` is asked for."""
         self.side = side
         self.bare_dram = False
+        self.debug_td = False
+        self.always_td = False
         self._host: Host | None = None
 
     def __enter__(self) -> "Scene":
@@ -117,23 +155,47 @@ class Scene:
         return self.side is Side.PROTECTED
 
     @property
+    def is_td(self) -> bool:
+        """Whether the victim is a TD."""
+        return self.protected or self.debug_td or self.always_td
+
+    @property
     def description(self) -> PlatformDescription:
         """The machine of this side."""
         # Two guests may stand between two instructions at once, and the attacker needs a processor of his own.
         d = replace(preset("spr"), lps=4)
-        return d if self.protected else replace(d, integrity="none", tme=not self.bare_dram)
+        return d if self.is_td else replace(d, integrity="none", tme=not self.bare_dram)
 
     @property
     def host(self) -> Host:
         """The booted host, which the attacker owns."""
         if self._host is None:
-            self._host = boot_host(self.description, tdx=self.protected)
+            self._host = boot_host(self.description, tdx=self.is_td)
         return self._host
+
+    @host.setter
+    def host(self, host: Host) -> None:
+        """Attack a host that was booted in another way."""
+        self._host = host
 
     @property
     def memory(self) -> Memory:
-        """DRAM: `read` and `write` as the host's software, `raw_*` as a probe on the bus."""
+        """Memory as the host's software has it."""
         return self.host.platform.memory
+
+    @property
+    def dram(self) -> Dram:
+        """The DIMMs, as a probe or an interposer has them."""
+        return self.host.platform.dram
+
+    def config(self) -> MachineConfig:
+        """The victim's machine."""
+        return MachineConfig(memory=_MEMORY, vm=not self.is_td, debug_td=self.debug_td and not self.protected)
+
+    def seamcall(self, leaf: SeamcallLeaf, **operands: int) -> Registers:
+        """A SEAMCALL by the hostile host, on any free processor, its status not looked at."""
+        with self.host.cpus.run() as lp:
+            return seamcall(lp, leaf, **operands)
 
     def under_attack(self, act: Callable[[Victim], Seen]) -> Observation:
         """Start a victim, let `act` happen between two of its instructions, then let it read its secret."""
@@ -144,12 +206,17 @@ class Scene:
             seen = act(Victim(guest, td))
             view = td.read(SECRET_GPA, PAGE)
 
+        guest = PythonGuest(self.host, program, self.config())
         death = ""
-        with PythonGuest(self.host, program, MachineConfig(memory=_MEMORY, vm=not self.protected)) as guest:
+        try:
+            guest.run()
+        except (GuestError, MachineCheck) as error:
+            death = str(error)
+        finally:
             try:
-                guest.run()
-            except GuestError as error:
-                death = str(error)
+                guest.close()
+            except (KvmError, MachineCheck) as error:  # the module died with its TDs
+                death = death or str(error)
         return judge(seen, view, death)
 
 
@@ -164,3 +231,8 @@ def judge(seen: Seen, view: bytes, death: str) -> Observation:
         found = view[at : at + 8].hex()
         return Observation(Outcome.CORRUPTED, f"the victim read {found}… at offset {at}; {seen.note}".rstrip("; "))
     return Observation(Outcome.STOPPED, seen.note or "nothing was read, nothing changed")
+
+
+def say(leaf: SeamcallLeaf, regs: Registers) -> str:
+    """What a SEAMCALL came to, in words."""
+    return f"{leaf.mnemonic}: {status_of(regs.rax).name}"

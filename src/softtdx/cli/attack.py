@@ -14,6 +14,8 @@ from softtdx.errors import SoftTdxError
 
 __all__ = ["COMMANDS"]
 
+_MOST = 16 << 20  # bytes that one dump may have
+
 
 @click.group()
 def attack() -> None:
@@ -136,4 +138,49 @@ def _html(reports: list[Report]) -> str:
     )
 
 
-COMMANDS = [attack]
+@click.group()
+def dram() -> None:
+    """Look at DRAM as a probe on the memory bus does."""
+
+
+@dram.command()
+@click.option("--raw", is_flag=True, help="What lies on the DIMM. Without it: what the host's own loads give.")
+@click.option("--range", "physical", metavar="START..END", help="DRAM addresses, as 0x1800000..0x1800100.")
+@click.option("--guest", metavar="START..END", help="Guest-physical addresses instead; default: 256 bytes of its code.")
+@click.option("--vm", is_flag=True, help="Run the demo as an ordinary VM instead of a TD.")
+@click.option("--no-encryption", is_flag=True, help="A platform without memory encryption and integrity (with --vm).")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object, with MAC and TD-owner bit of each line.")
+def dump(raw: bool, physical: str | None, guest: str | None, vm: bool, no_encryption: bool, as_json: bool) -> None:
+    """Run the demo's guest, stop it before it is torn down, and dump DRAM.
+
+    The same range with and without --raw, of a TD and of a --vm, shows what encryption and the TD-owner bit do.
+    """
+    if no_encryption and not vm:
+        raise SoftTdxError("a TD needs memory encryption: --no-encryption goes with --vm")
+    if physical and guest:
+        raise SoftTdxError("give --range (DRAM addresses) or --guest (guest-physical addresses), not both")
+    from softtdx.attack.probe import dump_demo
+
+    picture = dump_demo(_range(physical), _range(guest), raw=raw, vm=vm, encryption=not no_encryption)
+    if as_json:
+        click.echo(json.dumps(picture.describe()))
+    else:
+        click.echo(picture.hexdump())
+
+
+def _range(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    start, dots, end = text.partition("..")
+    try:
+        low, high = int(start, 0), int(end, 0)
+    except ValueError:
+        low = high = 0
+    if not dots or not 0 <= low < high:
+        raise SoftTdxError(f"{text!r} is no range of addresses; write 0x1000..0x1100")
+    if high - low > _MOST:
+        raise SoftTdxError(f"{text} is more than {_MOST >> 20} MiB")
+    return low, high
+
+
+COMMANDS = [attack, dram]

@@ -74,6 +74,37 @@ def _build(runs: int) -> Iterator[Figure]:
     yield from _figures("build", runs, "s", partial(bench_td_build, boot_host()), names)
 
 
+def _kvm(runs: int) -> Iterator[Figure]:
+    from softtdx.kvm.bench_memory import bench_conversion, bench_faults, bench_memory
+    from softtdx.vmm.bench import bench_exits, bench_vm_boot
+
+    host, plain = boot_host(), boot_host(tdx=False)
+    names = {"with_mirror": "faulted 4K page, with the mirror", "without_mirror": "the same without it"}
+    yield from _figures("kvm", runs, "SEAMCALLs", partial(bench_faults, host), names)
+    for size, mib, huge in (("4K", 64, False), ("2M", 1024, True)):
+        units = {
+            "map_s_per_gib": ("s", f"mapping 1 GiB at {size}"),
+            "teardown_s_per_gib": ("s", f"teardown of 1 GiB at {size}"),
+            "seamcalls_per_page": ("SEAMCALLs", f"bulk mapping, per {size} page"),
+            "overhead_mib_per_gib": ("MiB", f"host memory beside 1 GiB at {size}"),
+        }
+        results = [bench_memory(host, mib << 20, huge=huge) for _ in range(runs)]
+        for key, (unit, name) in units.items():
+            values = [result[key] for result in results]
+            yield Figure("kvm", name, median(values), unit, min(values), max(values), runs)
+    results = [bench_conversion(host) for _ in range(runs)]
+    for key, unit, name in (
+        ("round_trip_ms", "ms", "2M private-shared-private"),
+        ("conversions_per_s", "/s", "conversions of 2M"),
+    ):
+        values = [result[key] for result in results]
+        yield Figure("kvm", name, median(values), unit, min(values), max(values), runs)
+    for kind, vm in (("TD", False), ("VM", True)):
+        yield from _figures("kvm", runs, "/s", partial(bench_exits, host, vm=vm), {"exits_per_s": f"exits, {kind}"})
+    for name, where in (("TDX side absent", plain), ("TDX side present", host)):
+        yield from _figures("kvm", runs, "ms", partial(bench_vm_boot, where), {"ms": f"an ordinary VM, {name}"})
+
+
 def _attest(runs: int) -> Iterator[Figure]:
     from softtdx.attest.bench import bench_pcs, bench_quote, bench_verify
 
@@ -116,6 +147,7 @@ _SUITES: dict[str, Callable[[int], Iterator[Figure]]] = {
     "cpu": _cpu,
     "seamcall": _seamcall,
     "build": _build,
+    "kvm": _kvm,
     "attest": _attest,
     "boot": _boot,
 }
@@ -129,7 +161,8 @@ _SUITES: dict[str, Callable[[int], Iterator[Figure]]] = {
 def bench(suites: tuple[str, ...], runs: int, vs: str | None, as_json: bool) -> None:
     """Measure this machine.
 
-    Suites: cpu (interpreter speed), seamcall (cost of leaves), build (TD build and teardown), attest,
+    Suites: cpu (interpreter speed), seamcall (cost of leaves), build (TD build and teardown), kvm (memory,
+    conversions, exits), attest,
     and only when named boot (Debian's kernel in a TD and in a VM; with --vs qemu also under QEMU).
     """
     if vs is not None and "boot" not in suites:

@@ -16,6 +16,7 @@ from softtdx.abi.msrs import (
 )
 from softtdx.abi.structs import SysInfoTable
 from softtdx.hw.description import PlatformDescription, preset
+from softtdx.hw.dram import Dram
 from softtdx.hw.events import EventStream
 from softtdx.hw.isa import SeamSoftware
 from softtdx.hw.lp import LogicalProcessor
@@ -66,6 +67,7 @@ class Platform:
             seed=d.seed,
         )
         self.memory.set_seamrr(*d.seamrr)
+        self.dram = Dram(self.memory, d.ram)
         self.events = EventStream()
         self.tsc = 0  # the furthest that any processor's TSC was seen at
         self.entropy = RandomSource(d.seed, "rdrand")

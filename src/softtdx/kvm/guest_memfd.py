@@ -27,6 +27,7 @@ class GuestMemfd:
         self._memory = memory
         self._lock = RLock()
         self._pages: dict[int, int] = {}
+        self._homes: dict[int, int] = {}  # number of a 2 MiB part -> the block that its pages came from
         self._bindings: list[tuple[int, int, Callable[[int, int], None]]] = []
 
     def bind(self, offset: int, size: int, invalidate: Callable[[int, int], None]) -> None:
@@ -49,8 +50,20 @@ class GuestMemfd:
         with self._lock:
             pa = self._pages.get(index)
             if pa is None:
-                pa = self._pages[index] = self._memory.alloc()  # a TD sees it only after PAGE.ADD or ACCEPT wrote it
+                # Back where it was, if it came from a large page: then that can become one again.
+                block = self._homes.get(index // _HUGE)
+                home = None if block is None else block + index % _HUGE * PAGE
+                pa = home if home is not None and self._memory.alloc_at(home) else self._memory.alloc()
+                self._pages[index] = pa  # a TD sees it only after PAGE.ADD or ACCEPT wrote it
             return pa
+
+    def replace(self, index: int, page: int) -> int:
+        """The page at `index` was moved to `page`; returns the old one, now the caller's."""
+        with self._lock:
+            old, self._pages[index] = self._pages[index], page
+            if index % _HUGE == 0 and page % PAGE_2M == 0:
+                self._homes[index // _HUGE] = page
+            return old
 
     def get_huge_page(self, index: int) -> int | None:
         """The aligned, contiguous 2 MiB block at `index`; None when it cannot be one."""
@@ -59,14 +72,15 @@ class GuestMemfd:
             if pa is not None:
                 whole = pa % PAGE_2M == 0 and all(self._pages.get(index + i) == pa + i * PAGE for i in range(_HUGE))
                 return pa if whole else None
-            if (index + _HUGE) * PAGE > self.size or any(index + i in self._pages for i in range(_HUGE)):
+            if (index + _HUGE) * PAGE > self.size or not self._pages.keys().isdisjoint(range(index, index + _HUGE)):
                 return None
             try:
                 pa = self._memory.alloc(_HUGE, align=PAGE_2M)
             except KvmError:
                 return None
-            for i in range(_HUGE):
-                self._pages[index + i] = pa + i * PAGE
+            indexes, pages = range(index, index + _HUGE), range(pa, pa + PAGE_2M, PAGE)
+            self._pages.update(zip(indexes, pages, strict=True))
+            self._homes[index // _HUGE] = pa
             return pa
 
     def punch_hole(self, offset: int, length: int) -> None:

@@ -1,9 +1,14 @@
 """The host kernel as a whole: what boots on a platform and what /dev/kvm stands on."""
 
+from typing import TYPE_CHECKING
+
 from softtdx.hw import Platform
 from softtdx.kvm.cpus import HostCpus
 from softtdx.kvm.memory import HostMemory
 from softtdx.kvm.tdx_host import ModuleRelease, TdxHost
+
+if TYPE_CHECKING:
+    from softtdx.kvm.vm import Vm
 
 __all__ = ["Host"]
 
@@ -17,6 +22,7 @@ class Host:
         self.memory = HostMemory(platform)
         self.cpus = HostCpus(platform)
         self.tdx: TdxHost | None = None
+        self.vms: list[Vm] = []  # of all processes, as in the kernel's vm_list
 
     def enable_tdx(self, release: ModuleRelease) -> TdxHost:
         """Load the TDX module and bring TDX up on every processor. TdxUnavailableError says what stood in the way."""

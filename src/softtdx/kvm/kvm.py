@@ -55,4 +55,5 @@ class Kvm:
             raise KvmError(errno.EINVAL, f"KVM_CREATE_VM of type {vm_type}")
         vm = Vm(self, vm_type)
         self.vms.append(vm)
+        self.host.vms.append(vm)
         return vm

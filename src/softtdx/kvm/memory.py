@@ -44,30 +44,71 @@ class HostMemory:
         self._tdx_pages: dict[int, str] = {}
 
     # --- allocation
-    def alloc(self, pages: int = 1, *, align: int = PAGE, zero: bool = False) -> int:
-        """`pages` contiguous pages, aligned to `align` bytes (a power of two). KvmError(ENOMEM) when there are none."""
+    def alloc(
+        self, pages: int = 1, *, align: int = PAGE, zero: bool = False, within: tuple[int, int] | None = None
+    ) -> int:
+        """`pages` contiguous pages, aligned to `align` bytes (a power of two), of the node [start, end) `within`.
+
+        KvmError(ENOMEM) when there are none.
+        """
         order = max((pages - 1).bit_length(), (align // PAGE - 1).bit_length())
         if order > _MAX_ORDER:
             raise KvmError(errno.ENOMEM, f"no {pages} contiguous pages exist")
         with self._lock:
-            found = next((o for o in range(order, _MAX_ORDER + 1) if self._free[o]), None)
-            if found is None:
+            pa = self._pop(order) if within is None else self._pop_within(order, *within)
+            if pa is None:
                 raise KvmError(errno.ENOMEM, f"the host has no {pages} contiguous free pages left")
-            pa, _ = self._free[found].popitem()
-            while found > order:
-                found -= 1
-                self._free[found][pa + (PAGE << found)] = None
             self._add(pa + pages * PAGE, pa + (PAGE << order))
             self.free_pages -= pages
         if zero:
             self.zero(pa, pages)
         return pa
 
+    def alloc_at(self, pa: int) -> bool:
+        """Allocate this very page. False when it is not free."""
+        with self._lock:
+            for order in range(_MAX_ORDER + 1):
+                block = pa & -(PAGE << order)
+                if block in self._free[order]:
+                    del self._free[order][block]
+                    self._add(block, pa)
+                    self._add(pa + PAGE, block + (PAGE << order))
+                    self.free_pages -= 1
+                    return True
+        return False
+
+    def _pop(self, order: int) -> int | None:
+        """A free block of 2 to the power of `order` pages; a larger one is split."""
+        found = next((o for o in range(order, _MAX_ORDER + 1) if self._free[o]), None)
+        if found is None:
+            return None
+        pa, _ = self._free[found].popitem()
+        self._split(pa, found, order)
+        return pa
+
+    def _pop_within(self, order: int, start: int, end: int) -> int | None:
+        size = PAGE << order
+        for found in range(order, _MAX_ORDER + 1):
+            for block in self._free[found]:
+                pa = max(block, -(-start // size) * size)
+                if pa + size <= min(end, block + (PAGE << found)):
+                    del self._free[found][block]
+                    self._add(block, pa)
+                    self._add(pa + size, block + (PAGE << found))
+                    return pa
+        return None
+
+    def _split(self, pa: int, order: int, to: int) -> None:
+        while order > to:
+            order -= 1
+            self._free[order][pa + (PAGE << order)] = None
+
     def free(self, pa: int, pages: int = 1) -> None:
         """Give pages back. A page that TDX still owns is a bug of the caller: RuntimeError."""
         with self._lock:
-            owned = next((page for page in range(pa, pa + pages * PAGE, PAGE) if page in self._tdx_pages), None)
-            if owned is not None:
+            freed = range(pa, pa + pages * PAGE, PAGE)
+            if not self._tdx_pages.keys().isdisjoint(freed):
+                owned = next(page for page in freed if page in self._tdx_pages)
                 raise RuntimeError(f"page {owned:#x} is freed while TDX owns it ({self._tdx_pages[owned]})")
             self._add(pa, pa + pages * PAGE)
             self.free_pages += pages
@@ -93,8 +134,7 @@ class HostMemory:
     def give_to_tdx(self, pa: int, use: str, pages: int = 1) -> None:
         """Note that the pages now belong to the TDX module, as `use`."""
         with self._lock:
-            for page in range(pa, pa + pages * PAGE, PAGE):
-                self._tdx_pages[page] = use
+            self._tdx_pages.update(dict.fromkeys(range(pa, pa + pages * PAGE, PAGE), use))
 
     def take_from_tdx(self, pa: int, pages: int = 1) -> None:
         """Note that the pages are the host's again."""

@@ -6,7 +6,8 @@ arch/x86/kvm/vmx/tdx.c, tdx_sept_*.)
 """
 
 import errno
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,6 +20,10 @@ from softtdx.kvm.errors import KvmError, SeamcallError
 from softtdx.kvm.memory import PAGE, HostMemory
 
 __all__ = ["Mapping", "SecureEpt"]
+
+_PARTS = 512  # mappings that one of the next size replaces
+_RETRIES = 10_000
+_INTERRUPTED = frozenset({Status.INTERRUPTED_RESTARTABLE, Status.INTERRUPTED_RESUMABLE, Status.INTERRUPTED_BUSY})
 
 
 @dataclass
@@ -37,12 +42,19 @@ class Mapping:
 class SecureEpt:
     """The S-EPT of one TD and its mirror."""
 
-    def __init__(self, memory: HostMemory, tdr: int, levels: int, kick: Callable[[], None]) -> None:
-        """`kick` makes every vCPU of the TD leave it once, which ends the TLB epoch before the last TRACK."""
+    def __init__(
+        self, memory: HostMemory, tdr: int, levels: int, kick: Callable[[], None], broken: Callable[[], None]
+    ) -> None:
+        """`kick` makes every vCPU of the TD leave it once, which ends the TLB epoch before the last TRACK.
+
+        `broken` is called when the S-EPT is left in a state that the TD cannot go on with.
+        """
         self._memory = memory
         self._tdr = tdr
         self._levels = levels
         self._kick = kick
+        self._broken = broken
+        self.promotable: dict[int, int] = {}  # GPA -> attempts: ranges that may be merged once they are accepted
         self._leaves: tuple[dict[int, Mapping], dict[int, Mapping]] = ({}, {})
         self._tables: dict[tuple[int, int], int] = {}  # (level of the entry that points to it, its GPA) -> page
         self.leaked_pages: list[int] = []
@@ -88,7 +100,7 @@ class SecureEpt:
             raise KvmError(errno.EEXIST, f"private memory is already mapped at GPA {gpa:#x}")
         while not self._add_tables(lp, gpa, 0):
             pass
-        self._retry(partial(sc.mem_page_add, lp, self._tdr, gpa, hpa, source), Leaf.MEM_PAGE_ADD)
+        self._retry(lp, partial(sc.mem_page_add, lp, self._tdr, gpa, hpa, source), Leaf.MEM_PAGE_ADD)
         self._mapped(gpa, hpa, 0)
 
     def aug(self, lp: LogicalProcessor, gpa: int, hpa: int, level: int) -> bool:
@@ -132,17 +144,18 @@ class SecureEpt:
         if split:
             for base in {start & ~(sept.level_size(1) - 1), (end - 1) & ~(sept.level_size(1) - 1)}:
                 if base in self._leaves[1] and not (start <= base and base + sept.level_size(1) <= end):
-                    self._demote(lp, base)
+                    self.demote(lp, base)
         doomed = list(self._in_range(start, end))
         if not doomed:
             return
         tdr = self._tdr
         for gpa, mapping in doomed:
-            self._retry(partial(sc.mem_range_block, lp, tdr, gpa, mapping.level), Leaf.MEM_RANGE_BLOCK)
+            self._block(lp, gpa, mapping.level)
         self.track(lp)
         for gpa, mapping in doomed:
-            self._retry(partial(sc.mem_page_remove, lp, tdr, gpa, mapping.level), Leaf.MEM_PAGE_REMOVE)
+            self._retry(lp, partial(sc.mem_page_remove, lp, tdr, gpa, mapping.level), Leaf.MEM_PAGE_REMOVE)
             del self._leaves[mapping.level][gpa]
+            self.promotable.pop(gpa & ~(sept.level_size(1) - 1), None)
             self._memory.take_from_tdx(mapping.hpa, 1 << 9 * mapping.level)
             lp.zero_page(mapping.hpa, 1 << 9 * mapping.level)
 
@@ -164,30 +177,135 @@ class SecureEpt:
             else:
                 yield from ((gpa, leaves[gpa]) for gpa in sorted(leaves) if first <= gpa < end)
 
-    def _demote(self, lp: LogicalProcessor, base: int) -> None:
+    # --- changing the size, moving
+    def demote(self, lp: LogicalProcessor, base: int) -> None:
+        """Split the 2 MiB leaf at `base` into 512. When that fails it is as it was."""
         mapping = self._leaves[1][base]
-        self._retry(lambda: sc.mem_range_block(lp, self._tdr, base, 1), Leaf.MEM_RANGE_BLOCK)
-        self.track(lp)
         page = self._memory.alloc()
         try:
-            again = frozenset({Status.INTERRUPTED_RESTARTABLE})
-            self._retry(lambda: sc.mem_page_demote(lp, self._tdr, base, 1, page), Leaf.MEM_PAGE_DEMOTE, again)
+            with self._blocked(lp, [(base, 1)]) as blocked:
+                self._retry(lp, partial(sc.mem_page_demote, lp, self._tdr, base, 1, page), Leaf.MEM_PAGE_DEMOTE)
+                blocked.clear()
         except KvmError:
             self._memory.free(page)
             raise
         self._tables[1, base] = page
         self._memory.give_to_tdx(page, "S-EPT")
         del self._leaves[1][base]
-        for i in range(512):
+        for i in range(_PARTS):
             self._leaves[0][base + i * PAGE] = Mapping(mapping.hpa + i * PAGE, 0)
 
-    def _retry(self, call: Callable[[], Registers], leaf: Leaf, also: frozenset[Status] = frozenset()) -> None:
-        for _ in range(10_000):
+    def may_promote(self, base: int) -> bool:
+        """Whether 512 leaves map aligned, neighbouring pages from `base` on, as far as the mirror knows."""
+        leaves = self._leaves[0]
+        first = leaves.get(base)
+        if first is None or first.hpa % sept.level_size(1):
+            return False
+        return all(
+            (leaf := leaves.get(base + i * PAGE)) is not None and leaf.hpa == first.hpa + i * PAGE
+            for i in range(_PARTS - 1, 0, -1)
+        )
+
+    def promote(self, lp: LogicalProcessor, base: int, *, pending: bool = False) -> bool:
+        """Merge the 512 leaves from `base` on. False when the TD has not accepted all of them yet.
+
+        A range that is pending as a whole is merged only if `pending`: a TD that accepts it in small pages would have
+        it split again.
+        """
+        if not self.may_promote(base) or (not pending and self._is_pending(lp, base)):
+            return False
+        with self._blocked(lp, [(base, 1)]) as blocked:
+            call = partial(sc.mem_page_promote, lp, self._tdr, base, 1)
+            status = self._retry(lp, call, Leaf.MEM_PAGE_PROMOTE, Status.EPT_INVALID_PROMOTE_CONDITIONS)
+            if status is not Status.SUCCESS:
+                return False
+            blocked.clear()
+        table = self._tables.pop((1, base))
+        self._memory.take_from_tdx(table)
+        lp.zero_page(table, 1)
+        self._memory.free(table)
+        hpa = self._leaves[0][base].hpa
+        for i in range(_PARTS):
+            del self._leaves[0][base + i * PAGE]
+        self._leaves[1][base] = Mapping(hpa, 1)
+        return True
+
+    def _is_pending(self, lp: LogicalProcessor, gpa: int) -> bool:
+        """Whether the TD still has to accept a 4 KiB page: the one thing that the mirror cannot know."""
+        regs = Registers()
+
+        def read() -> Registers:
+            nonlocal regs
+            regs = sc.mem_sept_rd(lp, self._tdr, gpa, 0)
+            return regs
+
+        self._retry(lp, read, Leaf.MEM_SEPT_RD)
+        return regs.rdx >> 8 & 0xFF == sept.PUBLIC_STATE[sept.SeptState.PENDING]
+
+    def relocate(
+        self, lp: LogicalProcessor, moves: Sequence[tuple[int, int]], moved: Callable[[int, int], None]
+    ) -> None:
+        """Move 4 KiB leaves, given as (GPA, new page): block all, one TRACK, RELOCATE each; content comes along.
+
+        `moved(gpa, old page)` is told of each once the old page is the host's again. After a KvmError those that were
+        not moved are where they were, and usable.
+        """
+        with self._blocked(lp, [(gpa, 0) for gpa, _ in moves]) as blocked:
+            for gpa, page in moves:
+                call = partial(sc.mem_page_relocate, lp, self._tdr, gpa, page)
+                self._retry(lp, call, Leaf.MEM_PAGE_RELOCATE)
+                blocked.remove((gpa, 0))
+                old = self._leaves[0][gpa].hpa
+                self._leaves[0][gpa] = Mapping(page, 0)
+                self._memory.give_to_tdx(page, "TD memory")
+                self._memory.take_from_tdx(old)
+                lp.zero_page(old, 1)
+                moved(gpa, old)
+
+    @contextmanager
+    def _blocked(self, lp: LogicalProcessor, entries: Sequence[tuple[int, int]]) -> Iterator[set[tuple[int, int]]]:
+        """Block entries, (GPA, level), and end the TLB epoch. What is still in the set at the end is unblocked."""
+        blocked: set[tuple[int, int]] = set()
+        tracked = False
+        try:
+            for gpa, level in entries:
+                self._block(lp, gpa, level)
+                blocked.add((gpa, level))
+            self.track(lp)
+            tracked = True
+            yield blocked
+        finally:
+            if blocked:
+                self._unblock(lp, blocked, tracked=tracked)
+
+    def _block(self, lp: LogicalProcessor, gpa: int, level: int) -> None:
+        call = partial(sc.mem_range_block, lp, self._tdr, gpa, level)
+        self._retry(lp, call, Leaf.MEM_RANGE_BLOCK, Status.GPA_RANGE_ALREADY_BLOCKED)
+
+    def _unblock(self, lp: LogicalProcessor, blocked: set[tuple[int, int]], *, tracked: bool) -> None:
+        """Undo. When even that fails the TD could never reach this memory again: the VM is broken."""
+        try:
+            if not tracked:
+                self.track(lp)
+            for gpa, level in sorted(blocked):
+                call = partial(sc.mem_range_unblock, lp, self._tdr, gpa, level)
+                self._retry(lp, call, Leaf.MEM_RANGE_UNBLOCK)
+        except KvmError:
+            self._broken()
+            raise
+
+    def _retry(self, lp: LogicalProcessor, call: Callable[[], Registers], leaf: Leaf, *accepted: Status) -> Status:
+        """A SEAMCALL that gives way to others and to interrupts; its status, SUCCESS or one of `accepted`."""
+        for _ in range(_RETRIES):
             regs = call()
-            if regs.rax == 0 or status_of(regs.rax) not in sc.BUSY | also:
+            status = Status.SUCCESS if regs.rax == 0 else status_of(regs.rax)
+            if status in _INTERRUPTED:
+                lp.acknowledge_interrupt()
+            elif status in sc.BUSY:
+                self._kick()
+            else:
                 break
-            self._kick()
-        sc.expect(regs, leaf, Status.GPA_RANGE_ALREADY_BLOCKED)
+        return sc.expect(regs, leaf, *accepted)
 
     # --- the end of the TD
     def reclaim(self, lp: LogicalProcessor) -> None:

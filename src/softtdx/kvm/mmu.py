@@ -15,6 +15,7 @@ from softtdx.kvm.errors import KvmError
 from softtdx.kvm.memory import PAGE, PAGE_2M
 from softtdx.kvm.memslots import Memslot
 from softtdx.kvm.mirror import SecureEpt
+from softtdx.kvm.page_moves import note_promotable
 from softtdx.kvm.uapi import MemoryFaultExit
 from softtdx.kvm.vcpu import Vcpu
 from softtdx.kvm.vm import Vm
@@ -59,8 +60,13 @@ def _map_around(vm: Vm, ept: Ept, slot: Memslot, page: int) -> None:
             vm.stats["shared pages mapped"] += 1
 
 
-def private_fault(vcpu: Vcpu, lp: LogicalProcessor, secure: SecureEpt, gpa: int, level: int) -> Fault:
-    """An access to private memory; `level` is the size the guest asked for (PAGE.ACCEPT), 0 if it did not."""
+def private_fault(
+    vcpu: Vcpu, lp: LogicalProcessor, secure: SecureEpt, gpa: int, level: int, *, accept: bool = False
+) -> Fault:
+    """An access to private memory; `level` is the size wanted. `accept`: the TD asked for exactly that (PAGE.ACCEPT).
+
+    A TD that accepts a small page where a large one is pending gets the large one split: it cannot accept a part.
+    """
     vm = vcpu.vm
     page = gpa & ~(PAGE - 1)
     with vm.mmu_lock:
@@ -69,8 +75,12 @@ def private_fault(vcpu: Vcpu, lp: LogicalProcessor, secure: SecureEpt, gpa: int,
             return Fault.NO_MEMORY
         if not vm.private.is_private(page):
             return _tell_user(vcpu, page, private=True)
-        if secure.lookup(page) is None:
+        mapping = secure.lookup(page)
+        if mapping is None:
             map_private(vm, lp, secure, slot, page, level)
+        elif accept and level < mapping.level:
+            secure.demote(lp, page & ~(PAGE_2M - 1))
+            vm.stats["demotions"] += 1
     return Fault.FIXED
 
 
@@ -96,7 +106,9 @@ def map_private(vm: Vm, lp: LogicalProcessor, secure: SecureEpt, slot: Memslot, 
                 return secure.aug(lp, base, huge, 1)
     page = slot.guest_memfd.get_page(slot.file_offset(gpa) // PAGE)
     vm.stats["private pages mapped"] += 1
-    return secure.aug(lp, gpa, page, 0)
+    done = secure.aug(lp, gpa, page, 0)
+    note_promotable(secure, gpa)
+    return done
 
 
 def _tell_user(vcpu: Vcpu, gpa: int, *, private: bool) -> Fault:

@@ -186,6 +186,21 @@ def mem_page_demote(lp: LogicalProcessor, tdr: int, gpa: int, level: int, sept_p
     return seamcall(lp, Leaf.MEM_PAGE_DEMOTE, rcx=gpa | level, rdx=tdr, r8=sept_page, r9=absent, r10=absent, r11=absent)
 
 
+def mem_page_promote(lp: LogicalProcessor, tdr: int, gpa: int, level: int) -> Registers:
+    """TDH.MEM.PAGE.PROMOTE: merge the 512 mappings under a blocked and tracked entry; RCX is the table it frees."""
+    return seamcall(lp, Leaf.MEM_PAGE_PROMOTE, rcx=gpa | level, rdx=tdr)
+
+
+def mem_page_relocate(lp: LogicalProcessor, tdr: int, gpa: int, page: int) -> Registers:
+    """TDH.MEM.PAGE.RELOCATE: move a blocked and tracked 4 KiB page to `page`, and unblock it."""
+    return seamcall(lp, Leaf.MEM_PAGE_RELOCATE, rcx=gpa, rdx=tdr, r8=page)
+
+
+def mem_sept_rd(lp: LogicalProcessor, tdr: int, gpa: int, level: int) -> Registers:
+    """TDH.MEM.SEPT.RD: RCX = the entry, RDX = level and state. KVM needs it for what the mirror cannot know."""
+    return seamcall(lp, Leaf.MEM_SEPT_RD, rcx=gpa | level, rdx=tdr)
+
+
 def phymem_page_reclaim(lp: LogicalProcessor, page: int) -> Registers:
     """TDH.PHYMEM.PAGE.RECLAIM: take a page back from a TD that is being torn down."""
     return _until_free(lp, Leaf.PHYMEM_PAGE_RECLAIM, rcx=page)

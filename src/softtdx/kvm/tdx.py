@@ -156,7 +156,7 @@ class TdxVm(VmOps):
         self.state = TdState.INITIALIZED
         self.vm.memslots.max_gpa = self.shared_bit
         self.vm.ept = Ept(memory, levels=levels, shared_bit=self.shared_bit)
-        self.secure = SecureEpt(memory, tdr, levels, self.vm.kick_all)
+        self.secure = SecureEpt(memory, tdr, levels, self.vm.kick_all, self.vm.mark_dead)
 
     def _td_params(self, init: TdxInitVm) -> tuple[TdParams, int]:
         caps, info = capabilities(self.tdx.sysinfo), self.tdx.sysinfo
@@ -235,6 +235,24 @@ class TdxVm(VmOps):
             except KvmError:
                 self.vm.mark_dead()
                 raise
+
+    def migrate_private(self, start: int, end: int, within: tuple[int, int] | None) -> int:
+        """BLOCK, TRACK and RELOCATE of what is mapped in the range."""
+        from softtdx.kvm.page_moves import migrate
+
+        if self.state is TdState.UNINITIALIZED or self.hkid is None:
+            return 0
+        with self.vm.host.cpus.run() as lp:
+            return migrate(self.vm, lp, self.secure, start, end, within)
+
+    def collapse_private(self, base: int) -> bool:
+        """RELOCATE into one block, where the pages are not in one, and PROMOTE."""
+        from softtdx.kvm.page_moves import collapse
+
+        if self.state is TdState.UNINITIALIZED or self.hkid is None:
+            return False
+        with self.vm.host.cpus.run() as lp:
+            return collapse(self.vm, lp, self.secure, base)
 
     @cached_property
     def tsc(self) -> tuple[int, int]:

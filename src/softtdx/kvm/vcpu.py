@@ -76,8 +76,8 @@ class Vcpu:
     def run(self) -> KvmRun:
         """KVM_RUN: run the guest until user space is needed; `kvm_run` says why.
 
-        KvmError: EIO for a dead VM, EBUSY while another thread runs this vCPU, EFAULT with KVM_EXIT_MEMORY_FAULT for
-        memory that user space has to provide or convert. A `kick` ends it with KVM_EXIT_INTR.
+        KvmError: EIO for a dead VM, EBUSY while another thread runs this vCPU. KVM_EXIT_MEMORY_FAULT is for memory that
+        user space has to provide or convert; a `kick` ends it with KVM_EXIT_INTR (ioctl.py adds EFAULT and EINTR).
         """
         if not self._running.acquire(blocking=False):
             raise KvmError(errno.EBUSY, f"vCPU {self.vcpu_id} is already running")

@@ -12,7 +12,7 @@ from softtdx.kvm.ept import Ept
 from softtdx.kvm.errors import KvmError
 from softtdx.kvm.guest_memfd import GuestMemfd
 from softtdx.kvm.lapic import deliver_msi
-from softtdx.kvm.memory import PAGE
+from softtdx.kvm.memory import PAGE, PAGE_2M
 from softtdx.kvm.memslots import Memslot, Memslots, PrivateRanges
 from softtdx.kvm.vcpu import Vcpu
 from softtdx.kvm.x86_ops import choose
@@ -135,6 +135,29 @@ class Vm:
                     self.ops.zap_private(start, end)
             self.stats["conversions"] += 1
 
+    def migrate_pages(self, address: int, size: int, within: tuple[int, int] | None = None) -> int:
+        """What the kernel does to a VM unasked (NUMA balancing, compaction): move its private pages of a range.
+
+        `within` is the physical range [start, end) of the node they go to. Returns how many pages moved. EINVAL for a
+        misaligned range or a VM without private memory, ENOMEM when the node is full.
+        """
+        self._alive()
+        if address % PAGE or size % PAGE or size <= 0 or address < 0 or address + size > self.memslots.max_gpa:
+            raise KvmError(errno.EINVAL, f"page migration of {address:#x}+{size:#x}")
+        with self.mmu():
+            return self.ops.migrate_private(address, address + size, within)
+
+    def collapse(self, address: int) -> bool:
+        """madvise(MADV_COLLAPSE) of the 2 MiB of private memory at `address`. EINVAL unless it is aligned.
+
+        False when it cannot be one page: something is missing, not accepted, or there is no free 2 MiB.
+        """
+        self._alive()
+        if address % PAGE_2M or not 0 <= address < self.memslots.max_gpa:
+            raise KvmError(errno.EINVAL, f"collapse of 2 MiB at {address:#x}")
+        with self.mmu():
+            return self.ops.collapse_private(address)
+
     # --- interrupts
     def create_irqchip(self) -> None:
         """KVM_CAP_SPLIT_IRQCHIP: vCPUs get local APICs, and HLT waits in the kernel. EEXIST once vCPUs exist."""
@@ -215,6 +238,7 @@ class Vm:
         self.files.clear()
         if self in self.kvm.vms:
             self.kvm.vms.remove(self)
+            self.host.vms.remove(self)
         if trouble is not None:
             raise trouble
 

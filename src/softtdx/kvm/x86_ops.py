@@ -46,6 +46,14 @@ class VmOps(ABC):
         """Unmap private memory of [start, end) for good."""
         raise KvmError(errno.EINVAL, f"this type of VM has no private memory ({start:#x} to {end:#x})")
 
+    def migrate_private(self, start: int, end: int, within: tuple[int, int] | None) -> int:
+        """Move the private pages of [start, end) to other host pages; returns how many moved."""
+        raise KvmError(errno.EINVAL, f"this type of VM has no private memory ({start:#x} to {end:#x}, {within})")
+
+    def collapse_private(self, base: int) -> bool:
+        """Make the 2 MiB from `base` on one large page, if that is possible."""
+        raise KvmError(errno.EINVAL, f"this type of VM has no private memory ({base:#x})")
+
     @abstractmethod
     def release(self) -> None:
         """The VM is going: what must happen while its vCPUs still exist (mmu_release_hkid)."""

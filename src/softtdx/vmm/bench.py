@@ -1,13 +1,15 @@
 """Measurements of the interpreter: small loops of machine code, run by the machine as any payload is."""
 
 from dataclasses import dataclass
+from time import perf_counter
 
+from softtdx._silicon import PAYLOADS
 from softtdx.kvm import Host
 from softtdx.vmm.errors import MachineError
 from softtdx.vmm.machine import Machine, MachineConfig
 from softtdx.vmm.payload import parse_payload
 
-__all__ = ["LOOPS", "Loop", "bench_loop"]
+__all__ = ["LOOPS", "Loop", "bench_exits", "bench_loop", "bench_vm_boot"]
 
 # mov dx, 0x501; xor eax, eax; out dx, al: the exit port with status 0; then hlt for good measure.
 _END = bytes.fromhex("66ba0105 31c0 ee f4")
@@ -68,3 +70,28 @@ def bench_loop(host: Host, loop: Loop, *, vm: bool, count: int = 20_000_000) -> 
         "seconds": result.wall_s,
         "mips": result.instructions / result.wall_s / 1e6,
     }
+
+
+# out 0x80, al; dec rcx: an exit each time, in a TD by way of #VE and TDG.VP.VMCALL.
+_PORT_LOOP = Loop("port", "out, dec, jnz", b"", bytes.fromhex("e680 48ffc9"))
+
+
+def bench_exits(host: Host, *, vm: bool, count: int = 5_000) -> dict[str, float]:
+    """A guest that does nothing but exit to user space. MachineError if it fails."""
+    with Machine(host, MachineConfig(memory=16 << 20, vm=vm)) as machine:
+        machine.load(parse_payload(_PORT_LOOP.program(count)))
+        result = machine.run()
+    if not result.ok:
+        raise MachineError(f"the port loop did not end as it should: {result.message}")
+    return {"exits_per_s": count / result.wall_s}
+
+
+def bench_vm_boot(host: Host) -> dict[str, float]:
+    """An ordinary VM from nothing to the end of the demo program, and its teardown."""
+    start = perf_counter()
+    with Machine(host, MachineConfig(memory=16 << 20, vm=True)) as machine:
+        machine.load(parse_payload(PAYLOADS["demo"], "demo"))
+        result = machine.run()
+    if not result.ok:
+        raise MachineError(f"the demo program did not end as it should: {result.message}")
+    return {"ms": (perf_counter() - start) * 1e3}

@@ -90,6 +90,7 @@ class Td:
         self.vcpu = vcpu
         self.is_td = False
         self.gpa_width = 0
+        self.last_instruction = 0  # RIP of the instruction that a method of this class executed last
         self._lp: LogicalProcessor | None = None
         self._base_rsp = 0
         self._buffer_mapped = False
@@ -109,6 +110,16 @@ class Td:
     def ve_info(self) -> Registers:
         """TDG.VP.VEINFO.GET: RCX exit reason, RDX qualification, R8 GLA, R9 GPA, R10 instruction length."""
         return self.tdcall(TdcallLeaf.VP_VEINFO_GET)
+
+    def hold(self, **registers: int) -> Registers:
+        """Exit to the host with these registers, and return all of them as they are afterwards.
+
+        In a TD by TDG.VP.VMCALL<GetTdVmCallInfo>, which shows the host R10 to R15 only; in an ordinary VM by CPUID.
+        """
+        if self.is_td:
+            leaf = VmcallLeaf.GET_TDVMCALL_INFO
+            return self.tdcall(TdcallLeaf.VP_VMCALL, rcx=STANDARD_MASK, r10=0, r11=leaf, **registers)
+        return self._execute("cpuid", Registers(**registers))
 
     def accept(self, gpa: int, level: int = 0) -> int:
         """TDG.MEM.PAGE.ACCEPT of one page; returns the status."""
@@ -226,7 +237,8 @@ class Td:
         core.set_gprs(registers.values())
         core.set_live("rsp", self._base_rsp)
         core.set_live("rflags", _RFLAGS_RESERVED)
-        core.set_live("rip", _SNIPPET[snippet])
+        self.last_instruction = _SNIPPET[snippet]
+        core.set_live("rip", self.last_instruction)
         self._hand_over()
         core = self._core()
         rip = core.live_state()["rip"]

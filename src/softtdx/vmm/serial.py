@@ -8,7 +8,8 @@ _DATA, _IER, _IIR_FCR, _LCR, _MCR, _LSR, _MSR, _SCRATCH = range(8)
 _DLAB = 0x80
 _LSR_EMPTY = 0x60  # transmitter and holding register
 _LSR_DATA_READY = 0x01
-_IIR_NONE = 0x01
+_IIR_NONE, _IIR_EMPTY, _IIR_DATA = 0x01, 0x02, 0x04
+_IER_DATA, _IER_EMPTY = 0x01, 0x02
 _IIR_FIFO = 0xC0
 _MSR_READY = 0xB0  # CD, DSR, CTS
 _LOOPBACK = 0x10
@@ -24,6 +25,7 @@ class Serial16550:
         self._registers = bytearray(8)
         self._divisor = bytearray(2)
         self._fifo = False
+        self._became_empty = False  # since IIR was last read: transmission takes no time
 
     def feed(self, data: bytes) -> None:
         """Bytes arriving on the line."""
@@ -39,9 +41,12 @@ class Serial16550:
                 self._input.append(value)
             else:
                 self._output(bytes([value]))
+                self._became_empty = True
         elif register == _IIR_FCR:
             self._fifo = bool(value & 1)
         elif register not in (_LSR, _MSR):
+            if register == _IER and value & _IER_EMPTY:
+                self._became_empty = True
             self._registers[register] = value
 
     def read(self, register: int) -> int:
@@ -51,9 +56,19 @@ class Serial16550:
         if register == _DATA:
             return self._input.pop(0) if self._input else 0
         if register == _IIR_FCR:
-            return _IIR_NONE | (_IIR_FIFO if self._fifo else 0)
+            return self._interrupt() | (_IIR_FIFO if self._fifo else 0)
         if register == _LSR:
             return _LSR_EMPTY | (_LSR_DATA_READY if self._input else 0)
         if register == _MSR:
             return _MSR_READY
         return self._registers[register]
+
+    def _interrupt(self) -> int:
+        """What IIR shows: no interrupt line leads anywhere, but a driver that polls looks here."""
+        enabled = self._registers[_IER]
+        if enabled & _IER_DATA and self._input:
+            return _IIR_DATA
+        if enabled & _IER_EMPTY and self._became_empty:
+            self._became_empty = False
+            return _IIR_EMPTY
+        return _IIR_NONE

@@ -150,7 +150,7 @@ fn add_carry<T: Int>(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
         let sum = u128::from(a.to64()) + u128::from(b.to64()) + u128::from(carry);
         let out = sum >> T::BITS != 0;
         T::set(cpu, u.dst, T::from64(sum as u64));
-        cpu.cc = Lazy::bits(flags & !flag | u64::from(out) * flag);
+        cpu.cc = Lazy::bits(flags & !flag | (u64::from(out) * flag));
         Ok(())
     })
 }

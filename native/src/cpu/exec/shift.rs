@@ -35,14 +35,14 @@ fn operate<T: Int, const OP: u8>(cpu: &mut Cpu, a: T, count: u32) -> T {
                 (value << count) >> bits & 1
             };
             let over = u64::from(res.msb()) ^ carry;
-            cpu.cc = lazy(Kind::Part, res, carry * CF | over * OF);
+            cpu.cc = lazy(Kind::Part, res, (carry * CF) | (over * OF));
             res
         }
         SHR => {
             let res = T::from64(value >> count);
             let carry = value >> (count - 1) & 1;
             let over = u64::from(a.msb());
-            cpu.cc = lazy(Kind::Part, res, carry * CF | over * OF);
+            cpu.cc = lazy(Kind::Part, res, (carry * CF) | (over * OF));
             res
         }
         SAR => {

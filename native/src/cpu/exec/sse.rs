@@ -1,6 +1,6 @@
-//! SSE moves and logic: what compiled integer code and memory routines use of it. Arithmetic is not here.
+//! SSE moves and logic, what compiled integer code and memory routines use most; the rest is in [`super::vector`].
 
-use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
 use crate::cpu::decode::{gpr, mode, operand_size};
 use crate::cpu::exec::control;
@@ -334,7 +334,6 @@ pub fn lower(insn: &Instruction, uop: &mut Uop, mode: u32) -> Option<Handler> {
         }
         _ => return None,
     };
-    let _ = Code::INVALID;
     Some(gate(uop, mode).unwrap_or(handler))
 }
 

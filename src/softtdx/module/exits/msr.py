@@ -165,6 +165,8 @@ def _by_table(guest: Guest, msr: int, *, write: bool) -> int:
         return GP
     if action in _BY_REDUCED_VE:
         return _reduced_or_gp(guest)
+    if action == "FATAL_ERROR":
+        raise ModuleFatal(f"MSR {msr:#x} exited, whose accesses by a TD never do")
     flag, wanted = _BY_FLAG[action]
     return _VE if guest.flag(flag) == wanted else GP
 

@@ -21,28 +21,32 @@ bb=/bin/busybox
 $bb mount -t devtmpfs dev /dev
 $bb mount -t proc proc /proc
 $bb mount -t sysfs sys /sys
-$bb stty raw -echo < /dev/hvc1
-echo userspace > /dev/hvc1
+[ -c /dev/hvc1 ] && $bb stty raw -echo < /dev/hvc1
+tell() {{ [ -c /dev/hvc1 ] && echo "$1" > /dev/hvc1; }}
+tell userspace
 $bb --install -s /bin
 export PATH=/bin HOME=/ TERM=vt100
 for module in {modules}; do insmod /modules/$module.ko 2>/dev/null; done
 [ -d /sys/kernel/config ] && mount -t configfs config /sys/kernel/config
 {action}
 {report}
+grep -q ttyS /proc/cmdline && sleep 1
 poweroff -f
 sleep 60
 """
 _SHELL = """echo
 echo "A shell in the initramfs; exit or poweroff ends the machine."
 setsid cttyhack sh
-echo "status $?" > /dev/hvc1"""
+tell "status $?"
+"""
 _REPORT = """report=/sys/kernel/config/tsm/report/end
 if mkdir $report 2>/dev/null; then
   head -c 64 /dev/zero > $report/inblob
   cat $report/outblob > /dev/null
 fi"""
 _COMMAND = """sh -c {command}
-echo "status $?" > /dev/hvc1"""
+tell "status $?"
+"""
 _MAX_FILE = 256 << 20
 
 

@@ -167,6 +167,8 @@ class LinuxMachine(Machine):
         panic = next((line for line in reversed(text.splitlines()) if "Kernel panic" in line), None)
         if panic is not None:
             self._finish(MachineResult(End.CRASH, message=panic.strip()))
+        elif self.stage < Stage.CONSOLE:
+            self._finish(MachineResult(End.CRASH, message="the kernel reset the machine before it printed anything"))
         else:
             self._finish(MachineResult(End.EXIT, self.exit_status or 0, "the guest asked for a reset"))
 

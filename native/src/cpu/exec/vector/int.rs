@@ -196,7 +196,7 @@ fn test(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
     step(cpu, ip, |cpu, u| {
         let b = super::source(cpu, u)?;
         let a = cpu.ext.xmm[usize::from(u.dst & 15)];
-        cpu.cc = Lazy::bits(u64::from(a & b == 0) * ZF | u64::from(!a & b == 0) * CF);
+        cpu.cc = Lazy::bits((u64::from(a & b == 0) * ZF) | (u64::from(!a & b == 0) * CF));
         Ok(())
     })
 }

@@ -6,7 +6,7 @@ use iced_x86::{Instruction, Mnemonic, OpKind};
 
 use super::int::saturate16;
 use super::lanes::*;
-use super::{memory, source};
+use super::memory;
 use crate::cpu::int::Int;
 use crate::cpu::state::Cpu;
 use crate::cpu::uop::{step, Flow, Handler, Ip, Uop};
@@ -145,8 +145,6 @@ fn insert_single(a: u128, b: u128, imm: u8, from_memory: bool) -> u128 {
 
 fn shuffling(insn: &Instruction, mmx: bool, mem: bool) -> Option<Handler> {
     use Mnemonic as M;
-    let low = u128::from(u64::MAX);
-    let _ = low;
     Some(match insn.mnemonic() {
         M::Pshufb if mmx => crate::mmx2!(|a, b| shuffle_bytes(a, b & 0x8787_8787_8787_8787)),
         M::Pshufb => xmm2!(shuffle_bytes),
@@ -289,12 +287,16 @@ pub fn store_bytes(
 ) -> Result<(), crate::cpu::state::Stop> {
     let at = cpu.ea(u)?;
     let wanted = |n: &usize| mask[*n] & 0x80 != 0;
-    // A page is touched if any of its bytes is; the fault's address is where the operand enters it.
-    let in_page = (0x1000 - (at & 0xfff)) as usize;
-    let split = in_page.min(value.len());
-    for part in [0..split, split..value.len()] {
-        if part.clone().any(|n| wanted(&n)) {
-            cpu.check_write(at.wrapping_add(part.start as u64), 1)?;
+    // A page is touched if any of its bytes is. Of sixteen bytes the upper half goes first, as a fault's address shows.
+    let page = |n: usize| at.wrapping_add(n as u64) >> 12;
+    let second = (0x1000 - (at & 0xfff)) as usize;
+    for probe in [value.len() - 8, 0, second] {
+        if probe < value.len()
+            && (0..value.len())
+                .filter(wanted)
+                .any(|n| page(n) == page(probe))
+        {
+            cpu.check_write(at.wrapping_add(probe as u64), 1)?;
         }
     }
     for n in (0..value.len()).filter(wanted) {
@@ -357,7 +359,6 @@ fn transfers(insn: &Instruction, uop: &mut Uop, mmx: bool) -> Option<Handler> {
 pub fn lower(insn: &Instruction, uop: &mut Uop) -> Option<Handler> {
     let mmx = super::is_mmx(insn);
     let mem = uop.mem;
-    let _ = source;
     packing(insn, mmx)
         .or_else(|| shuffling(insn, mmx, mem))
         .or_else(|| blend(insn))

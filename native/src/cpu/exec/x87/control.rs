@@ -133,6 +133,9 @@ fn store_environment(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
                 bytes.extend_from_slice(&exponent.to_le_bytes());
             }
         }
+        // The two ends are probed; so a fault of the second page has the address of the last byte.
+        cpu.check_write(at, 1)?;
+        cpu.check_write(at.wrapping_add(bytes.len() as u64 - 1), 1)?;
         cpu.write_linear(at, &bytes)?;
         if u.op == 1 {
             initialise(cpu);

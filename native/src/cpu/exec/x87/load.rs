@@ -364,11 +364,8 @@ fn lower_moves(insn: &Instruction, uop: &mut Uop) -> Option<Handler> {
         }
         M::Fbstp => store_bcd,
         M::Fxch => {
-            if insn.op_count() < 2 {
-                uop.src = uop.dst;
-            } else if uop.src == 0 {
-                uop.src = uop.dst;
-            }
+            // ST(0) is one of the operands, and the other is what is named.
+            uop.src = uop.src.max(uop.dst);
             exchange
         }
         _ => return None,

@@ -10,7 +10,7 @@ use iced_x86::{Instruction, MemorySize, OpKind};
 
 use crate::cpu::decode::mode;
 use crate::cpu::exec::control as branch;
-use crate::cpu::state::{Cpu, Stop};
+use crate::cpu::state::{Cpu, Stop, StopKind};
 use crate::cpu::uop::{step, Flow, Handler, Ip, Uop};
 
 /// What a memory operand holds (`Uop::size` is its width in bytes).
@@ -32,8 +32,44 @@ pub fn waiting(
         let at = cpu.ip_mask(cpu.gpr[crate::cpu::state::BLOCK].wrapping_add(u64::from(u.at)));
         let before = cpu.ext.x87.ip;
         cpu.ext.x87.ip = at;
-        body(cpu, u).inspect_err(|_| cpu.ext.x87.ip = before)
+        match body(cpu, u) {
+            Ok(()) if cpu.ext.x87.pending() => cpu.note_x87_operand(u),
+            Ok(()) => Ok(()),
+            Err(stop) => {
+                cpu.ext.x87.ip = before;
+                Err(stop)
+            }
+        }
     })
+}
+
+impl Cpu {
+    /// The last opcode and data pointer are kept only of instructions with an unmasked exception (CPUID.7.EBX[6], and
+    /// IA32_MISC_ENABLE without fopcode compatibility).
+    #[cold]
+    #[inline(never)]
+    fn note_x87_operand(&mut self, u: &Uop) -> Result<(), Stop> {
+        let at = self.ext.x87.ip;
+        let mut code = [0; 15];
+        let code = &mut code[..usize::from(u.next - u.at).min(15)];
+        let linear = if self.long {
+            at
+        } else {
+            at.wrapping_add(self.seg[crate::cpu::state::CS].base) & 0xffff_ffff
+        };
+        // The bytes were fetched a moment ago; if they cannot be read as data the opcode stays what it was.
+        if self.read_linear(linear, code).is_ok() {
+            if let Some(first) = code.iter().position(|byte| byte & 0xf8 == 0xd8) {
+                let second = code.get(first + 1).copied().unwrap_or(0);
+                self.ext.x87.opcode = u16::from(code[first] & 7) << 8 | u16::from(second);
+            }
+        }
+        self.stop = StopKind::None;
+        if u.mem {
+            self.ext.x87.dp = self.offset(u);
+        }
+        Ok(())
+    }
 }
 
 fn memory_kind(insn: &Instruction) -> u8 {

@@ -56,6 +56,11 @@ impl X87 {
         self.top = self.top.wrapping_add(1) & 7;
     }
 
+    /// An unmasked exception waits for the next instruction.
+    pub fn pending(&self) -> bool {
+        self.status & SUMMARY != 0
+    }
+
     /// Exception summary and busy follow from the flags and the masks.
     pub fn summarise(&mut self) {
         if self.status & !self.control & flag::ALL != 0 {

@@ -4,9 +4,9 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import values
-from encoding import R8, R12, R13, RAX, RBP, RBX, RCX, RDI, RDX, RSI, RSP, Mem
-from records import FLAGS, MISSING, READ_ONLY, WINDOW, Case
+import isa_values
+from isa_encoding import R8, R12, R13, RAX, RBP, RBX, RCX, RDI, RDX, RSI, RSP, Mem
+from isa_records import FLAGS, MISSING, READ_ONLY, WINDOW, Case
 
 ALL_FLAGS = frozenset(FLAGS) - {"DF"}
 # Registers that hold addresses in a case with memory operands, and are not written there.
@@ -23,17 +23,16 @@ class Context:
     memory: bool
     gpr: list[int] = field(default_factory=list)
     undefined: set[str] = field(default_factory=set)
-    status_undefined: int = 0
     loose: bool = False
 
     def __post_init__(self) -> None:
-        self.gpr = [values.integer(self.rng) for _ in range(16)]
+        self.gpr = [isa_values.integer(self.rng) for _ in range(16)]
         if self.memory:
             for base in BASES:
                 self.gpr[base] = WINDOW + self.rng.choice([128, 128, 64, 96, 160, self.rng.randrange(256)])
         self.gpr[RSP] = WINDOW + 128 + 8 * self.rng.randrange(-6, 6)
         if self.rng.random() < 0.03:
-            self.gpr[RSP] = self.rng.choice([1 << 63, READ_ONLY + 4, MISSING, MISSING - 4, 0x7FFF_FFFF_FFFF])
+            self.gpr[RSP] = self.rng.choice([1 << 63, READ_ONLY + 4, MISSING, MISSING - 4, 0x8000_0000_0003])
 
     # --- operands
 
@@ -86,7 +85,7 @@ class Context:
         return self.mm()
 
     def imm(self, size: int) -> bytes:
-        return (values.integer(self.rng) & ((1 << 8 * size) - 1)).to_bytes(size, "little")
+        return (isa_values.integer(self.rng) & ((1 << 8 * size) - 1)).to_bytes(size, "little")
 
     def imm8(self) -> int:
         return self.rng.getrandbits(8)
@@ -117,29 +116,33 @@ class Template:
 def build(rng: random.Random, templates: list[Template], *, length: int, depth: int | None = 0) -> Case:
     """A case of `length` instructions picked from `templates`."""
     context = Context(rng, memory=rng.random() < 0.6)
-    code, names = b"", []
+    code, names, undefined_at = b"", list[str](), dict[int, frozenset[str]]()
     while len(names) < length:
         template = rng.choice(templates)
         if template.reads & context.undefined:
             continue
+        before = frozenset(context.undefined)
         piece = template.emit(context)
         if len(code) + len(piece) > 60:
+            context.undefined = set(before)
             break
+        # A template of several instructions begins with ones that leave undefined flags alone.
+        undefined_at |= dict.fromkeys(range(len(code), len(code) + len(piece)), before)
         code += piece
         names.append(template.name)
     flags = sum(bit for name, bit in FLAGS.items() if rng.random() < 0.5 and name != "DF")
     if rng.random() < 0.1:
         flags |= FLAGS["DF"]
-    window = b"".join(values.memory_float(rng) for _ in range(16))
+    window = b"".join(isa_values.memory_float(rng) for _ in range(16))
     return Case(
         code,
         context.gpr,
         flags,
-        values.image(rng, depth=depth),
+        isa_values.image(rng, depth=depth),
         window,
         "; ".join(names),
         frozenset(context.undefined),
-        context.status_undefined,
+        undefined_at,
         context.loose,
     )
 

@@ -24,7 +24,24 @@ _DOUBLES = [
     0x380F_FFFF_F000_0000,
 ]  # fmt: skip
 # Exponents with the sign, of the extended format: zero or denormal, tiny, ordinary, huge, infinite or NaN.
-_EXPONENTS = [0, 0x8000, 1, 2, 0x3FBF, 0x3FFE, 0x3FFF, 0xBFFF, 0x4000, 0x401D, 0x401E, 0x403D, 0x403E, 0xC03E, 0x7FFE, 0x7FFF]
+_EXPONENTS = [
+    0,
+    0x8000,
+    1,
+    2,
+    0x3FBF,
+    0x3FFE,
+    0x3FFF,
+    0xBFFF,
+    0x4000,
+    0x401D,
+    0x401E,
+    0x403D,
+    0x403E,
+    0xC03E,
+    0x7FFE,
+    0x7FFF,
+]
 _SIGNIFICANDS = [
     0, 1, 1 << 63, (1 << 63) | 1, 3 << 62, (1 << 62) | 1, (1 << 64) - 1, 0xC000_0000_0000_0001, 0xA000_0000_0000_0000,
     0xFFFF_FF00_0000_0000, 0xFFFF_FFFF_FFFF_F800, 0x8000_0000_0000_0400,
@@ -111,10 +128,7 @@ def x87(rng: random.Random, *, depth: int | None = None) -> bytearray:
     top = rng.randrange(8)
     sticky = rng.choice([0, 0, rng.getrandbits(6)]) & masks
     status = sticky | top << 11 | rng.choice([0, 0x4700 & rng.getrandbits(16)])
-    if depth is None:
-        tags = rng.getrandbits(8)
-    else:
-        tags = sum(1 << ((top + n) & 7) for n in range(depth))
+    tags = rng.getrandbits(8) if depth is None else sum(1 << ((top + n) & 7) for n in range(depth))
     struct.pack_into("<HHB", fx, 0, control, status, tags)
     for n in range(8):
         fx[32 + 16 * n : 42 + 16 * n] = extended(rng)
