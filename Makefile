@@ -73,6 +73,7 @@ cargo-test: build ## Tests of the native core
 
 nightly: build ## Long campaigns (hours)
 	@$(RUN) -m pytest -q -m nightly --override-ini 'addopts=--strict-markers --strict-config -ra' --timeout 36000 tests
+	@cargo test --quiet --manifest-path native/Cargo.toml --release -- --ignored
 
 bench: build ## Measure
 	@$(RUN) -m softtdx bench

@@ -5,8 +5,9 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from softtdx.attack import Outcome, all_attacks, find, run_attack
+from softtdx.attack import Outcome, all_attacks, attestation, find, run_attack
 from softtdx.attack.lab import Side
+from softtdx.attest import DcapRejectedError, Verifier, verify_with_dcap_qvl
 from softtdx.cli.attack import attack as command
 from softtdx.errors import SoftTdxError
 
@@ -22,6 +23,30 @@ def test_the_attack_ends_as_its_page_says(chosen):
 
 def test_only_known_limits_of_the_real_scheme_let_the_attacker_win():
     assert [a.name for a in all_attacks() if a.expected.attacker_won] == ["replay", "tdvps-replay"]
+
+
+def test_dcap_qvl_refuses_the_quotes_that_are_not_genuine_or_not_in_force(monkeypatch):
+    judged = []
+
+    class Recording(Verifier):
+        def __init__(self, root):
+            super().__init__(root)
+            self.root_der = root
+
+        def verify(self, quote, collateral, *, now=None, policy=None):
+            verdict = super().verify(quote, collateral, now=now, policy=policy)
+            if verdict.status is None:
+                judged.append((quote, collateral, self.root_der, now))
+            return verdict
+
+    monkeypatch.setattr(attestation, "Verifier", Recording)
+    for chosen in all_attacks():
+        if chosen.family == "attestation":
+            run_attack(chosen)
+    assert len(judged) >= 7
+    for quote, collateral, root, now in judged:
+        with pytest.raises(DcapRejectedError):
+            verify_with_dcap_qvl(quote, (collateral, root), now)
 
 
 def test_every_attack_has_a_page():

@@ -13,8 +13,8 @@ from softtdx.attack.fuzz import TARGETS, Finding, Fuzzed, fuzz
 from softtdx.cli.campaign import campaign
 from softtdx.errors import SoftTdxError
 
-SLICE = {"seamcall": 4000, "tdcall": 1000, "code": 200, "files": 4000}
-NIGHT = {"seamcall": 5_000_000, "tdcall": 5_000_000, "code": 100_000, "files": 1_000_000}
+SLICE = {"seamcall": 4000, "tdcall": 1000, "code": 200, "ioctl": 2000, "files": 4000}
+NIGHT = {"seamcall": 5_000_000, "tdcall": 5_000_000, "code": 120_000, "ioctl": 1_000_000, "files": 1_000_000}
 
 
 @pytest.mark.parametrize("seed", [1, 2])

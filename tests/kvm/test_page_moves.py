@@ -215,3 +215,30 @@ def test_a_slot_that_is_deleted_takes_its_large_pages_along(host):
         assert build.vm.ops.secure.huge_pages == 1
         build.vm.set_user_memory_region2(1, 0, 0, 0)
         assert build.vm.ops.secure.mapped_pages == 0
+
+
+def test_a_merge_that_the_module_refuses_costs_the_td_nothing(host, monkeypatch):
+    real = sc.mem_page_promote
+    refused = []
+
+    def refuse(lp, tdr, gpa, level):
+        refused.append(gpa)
+        return Registers(rax=Status.OPERAND_INVALID | Operand.RCX)
+
+    def program(td, vm, do):
+        secure = vm.ops.secure
+        assert td.accept(HUGE, 1) == 0
+        td.store(HUGE, 5)
+        for promote in (refuse, refuse, real):
+            monkeypatch.setattr(sc, "mem_page_promote", promote)
+            do(lambda: vm.memslots.find(HUGE).guest_memfd.punch_hole(HUGE + PAGE, PAGE))
+            assert td.accept(HUGE + PAGE) == 0
+            td.tdvmcall(VmcallLeaf.CPUID, 0)
+            assert td.load(HUGE) == 5
+            assert td.load(HUGE + PAGE) == 0
+        assert secure.lookup(HUGE).level == 1
+        assert not secure.promotable
+
+    stats = run_hosted(host, program)
+    assert (stats["promotions refused"], stats["promotions"]) == (2, 1)
+    assert refused == [HUGE] * 2

@@ -305,7 +305,9 @@ def _bmi() -> Iterator[Template]:
         def emit(ctx: Context, size: int) -> bytes:
             if undefined is not None:
                 ctx.define_all(*undefined)
-            return vex(opcode, ctx.dst(), ctx.src(), ctx.rm(size), space=2, pp=pp, wide=size == 8)
+            # MULX writes both registers.
+            other = ctx.dst() if opcode == 0xF6 else ctx.src()
+            return vex(opcode, ctx.dst(), other, ctx.rm(size), space=2, pp=pp, wide=size == 8)
 
         return emit
 

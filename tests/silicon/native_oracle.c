@@ -95,8 +95,13 @@ int main(int argc, char **argv)
     struct record *records = mmap(0, stat.st_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     if (records == MAP_FAILED)
         return 3;
-    if (mmap(CODE, 0x1000, PROT_READ | PROT_WRITE | PROT_EXEC, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE,
-             -1, 0) != CODE)
+    /* The code page may be read and executed; it is written through another view of the same memory. */
+    int memory = memfd_create("code", 0);
+    if (memory < 0 || ftruncate(memory, 0x1000))
+        return 4;
+    uint8_t *code = mmap(0, 0x1000, PROT_READ | PROT_WRITE, MAP_SHARED, memory, 0);
+    if (code == MAP_FAILED || mmap(CODE, 0x1000, PROT_READ | PROT_EXEC, MAP_SHARED | MAP_FIXED_NOREPLACE | MAP_POPULATE,
+                                   memory, 0) != CODE)
         return 4;
     if (mmap(DATA, 0x3000, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE | MAP_POPULATE,
              -1, 0) != DATA)
@@ -112,8 +117,8 @@ int main(int argc, char **argv)
     volatile long count = stat.st_size / sizeof(struct record);
     for (volatile long n = 0; n < count; n++) {
         current = &records[n];
-        memset(CODE, 0xcc, 0x1000);
-        memcpy(CODE, current->code, current->rip < 64 ? current->rip : 64);
+        memset(code, 0xcc, 0x1000);
+        memcpy(code, current->code, current->rip < 64 ? current->rip : 64);
         memset(DATA, 0, DATA_BYTES);
         memcpy(WINDOW, current->window, 256);
         if (!sigsetjmp(back, 0))

@@ -15,13 +15,18 @@ from softtdx._silicon import Trial
 NOT_UNICORN = {
     "adcx_adox": "not decoded in every form",
     "blsi_blsmsk_blsr": "CF is inverted",
+    "bextr": "a length that reaches beyond the operand",
     "bzhi": "CF, and counts at the operand size",
     "pdep32": "the upper half of the register stays",
     "cmpxchg32": "the upper half of the destination is cleared without an exchange",
     "cmpxchg8b_16b": "the other flags are lost",
+    "pcmpistr": "as pcmpestr",
+    "pcmpestr": "the element behind the last valid one counts as valid",
     "phadd": "a source that is the destination is read after it was written",
     "phsub": "as phadd",
     "sha": "not there",
+    "loop_jcxz": "LOOPE and LOOPNE lose flags",
+    "gf2p8": "not there",
 }
 COMPARED = {"flags", "rip", "window", *REGISTERS, *(f"xmm{n}" for n in range(16))}
 

@@ -195,6 +195,7 @@ aesenclast 66 0f38dd
 aesdec 66 0f38de
 aesdeclast 66 0f38df
 aesimc 66 0f38db
+gf2p8mulb 66 0f38cf
 sha1nexte - 0f38c8
 sha1msg1 - 0f38c9
 sha1msg2 - 0f38ca
@@ -205,6 +206,8 @@ sha256msg2 - 0f38cd
 _CRYPTO_IMM = """
 aeskeygenassist 66 0f3adf
 pclmulqdq 66 0f3a44
+gf2p8affineqb 66 0f3ace
+gf2p8affineinvqb 66 0f3acf
 sha1rnds4 - 0f3acc
 """
 _TEXT = """

@@ -3,9 +3,7 @@
 from softtdx.abi.leaves import SeamcallLeaf as Leaf
 from softtdx.abi.status import Status, status_of
 from softtdx.attack.lab import Observation, Outcome, attack
-from softtdx.attack.scene import LINE, PAGE, SECRET, SECRET_GPA, SPARE_GPA, Scene, Seen, Victim, judge
-from softtdx.hw import Registers
-from softtdx.kvm.seamcalls import seamcall
+from softtdx.attack.scene import LINE, PAGE, SECRET, SECRET_GPA, SPARE_GPA, Scene, Seen, Victim, judge, say
 from softtdx.vmm import MachineConfig
 from softtdx.vmm.python_guest import PythonGuest, Td
 
@@ -14,16 +12,6 @@ __all__: list[str] = []
 _FORGED = b"a page of the attacker's making ".ljust(LINE) * (PAGE // LINE)
 _FAR_TABLE = 1 << 39 | 3  # the S-EPT page below the second entry of the root: not there yet
 _EPT = "an ordinary VM, whose EPT the host writes"
-
-
-def _call(scene: Scene, leaf: Leaf, **operands: int) -> Registers:
-    """A SEAMCALL by the hostile host, on any free processor, its status not looked at."""
-    with scene.host.cpus.run() as lp:
-        return seamcall(lp, leaf, **operands)
-
-
-def _say(leaf: Leaf, regs: Registers) -> str:
-    return f"{leaf.mnemonic}: {status_of(regs.rax).name}"
 
 
 def _map_ordinary(victim: Victim, gpa: int, hpa: int) -> None:
@@ -82,10 +70,10 @@ def remap(scene: Scene) -> Observation:
             _map_ordinary(victim, SECRET_GPA, page)
             return Seen(note="the EPT entry leads to the attacker's page")
         tdr = victim.tdx().require_tdr()
-        aug = _call(scene, Leaf.MEM_PAGE_AUG, rcx=SECRET_GPA, rdx=tdr, r8=page)
-        add = _call(scene, Leaf.MEM_PAGE_ADD, rcx=SECRET_GPA, rdx=tdr, r8=page, r9=page)
+        aug = scene.seamcall(Leaf.MEM_PAGE_AUG, rcx=SECRET_GPA, rdx=tdr, r8=page)
+        add = scene.seamcall(Leaf.MEM_PAGE_ADD, rcx=SECRET_GPA, rdx=tdr, r8=page, r9=page)
         scene.host.memory.free(page)
-        return Seen(note=f"{_say(Leaf.MEM_PAGE_AUG, aug)}, {_say(Leaf.MEM_PAGE_ADD, add)}")
+        return Seen(note=f"{say(Leaf.MEM_PAGE_AUG, aug)}, {say(Leaf.MEM_PAGE_ADD, add)}")
 
     return scene.under_attack(act)
 
@@ -111,13 +99,13 @@ def drop_and_replace(scene: Scene) -> Observation:
             (Leaf.MEM_RANGE_BLOCK, {"rcx": SECRET_GPA, "rdx": tdr}),
             (Leaf.MEM_TRACK, {"rcx": tdr}),
         ]
-        said = [_say(leaf, _call(scene, leaf, **operands)) for leaf, operands in steps]
+        said = [say(leaf, scene.seamcall(leaf, **operands)) for leaf, operands in steps]
         victim.leave()
         for leaf, operands in (
             (Leaf.MEM_PAGE_REMOVE, {"rcx": SECRET_GPA, "rdx": tdr}),
             (Leaf.MEM_PAGE_AUG, {"rcx": SECRET_GPA, "rdx": tdr, "r8": old}),
         ):
-            said.append(_say(leaf, _call(scene, leaf, **operands)))
+            said.append(say(leaf, scene.seamcall(leaf, **operands)))
         return Seen(note=", ".join(said))
 
     return scene.under_attack(act)
@@ -144,11 +132,11 @@ def remove_without_tracking(scene: Scene) -> Observation:
         page = victim.pa(SPARE_GPA)
         if scene.protected:
             tdr = victim.tdx().require_tdr()
-            block = _call(scene, Leaf.MEM_RANGE_BLOCK, rcx=SPARE_GPA, rdx=tdr)
-            remove = _call(scene, Leaf.MEM_PAGE_REMOVE, rcx=SPARE_GPA, rdx=tdr)
+            block = scene.seamcall(Leaf.MEM_RANGE_BLOCK, rcx=SPARE_GPA, rdx=tdr)
+            remove = scene.seamcall(Leaf.MEM_PAGE_REMOVE, rcx=SPARE_GPA, rdx=tdr)
             if not remove.rax:
                 scene.memory.write(page, SECRET)
-            note = f"{_say(Leaf.MEM_RANGE_BLOCK, block)}, {_say(Leaf.MEM_PAGE_REMOVE, remove)}"
+            note = f"{say(Leaf.MEM_RANGE_BLOCK, block)}, {say(Leaf.MEM_PAGE_REMOVE, remove)}"
         else:
             ept = victim.machine.vm.ept
             assert ept is not None
@@ -177,8 +165,8 @@ def alias(scene: Scene) -> Observation:
             _map_ordinary(victim, SPARE_GPA, victim.pa())
             victim.td.store(SPARE_GPA, 0)
             return Seen(note="the guest wrote through the alias")
-        regs = _call(scene, Leaf.MEM_PAGE_AUG, rcx=SPARE_GPA, rdx=victim.tdx().require_tdr(), r8=victim.pa())
-        return Seen(note=_say(Leaf.MEM_PAGE_AUG, regs))
+        regs = scene.seamcall(Leaf.MEM_PAGE_AUG, rcx=SPARE_GPA, rdx=victim.tdx().require_tdr(), r8=victim.pa())
+        return Seen(note=say(Leaf.MEM_PAGE_AUG, regs))
 
     return scene.under_attack(act)
 
@@ -204,8 +192,8 @@ def two_guests_one_page(scene: Scene) -> Observation:
         nonlocal said, learned
         other = Victim(second, td, secret=bytes(PAGE))
         if scene.protected:
-            regs = _call(scene, Leaf.MEM_PAGE_AUG, rcx=SPARE_GPA, rdx=other.tdx().require_tdr(), r8=page)
-            said = _say(Leaf.MEM_PAGE_AUG, regs)
+            regs = scene.seamcall(Leaf.MEM_PAGE_AUG, rcx=SPARE_GPA, rdx=other.tdx().require_tdr(), r8=page)
+            said = say(Leaf.MEM_PAGE_AUG, regs)
             if regs.rax:
                 return
             td.accept(SPARE_GPA)
@@ -245,9 +233,9 @@ def page_as_control_structure(scene: Scene) -> Observation:
             Leaf.MEM_SEPT_ADD: {"rcx": _FAR_TABLE, "rdx": tdr, "r8": page},
             Leaf.MEM_PAGE_AUG: {"rcx": SPARE_GPA, "rdx": tdr, "r8": page},
         }
-        results = {leaf: _call(scene, leaf, **operands) for leaf, operands in tries.items()}
+        results = {leaf: scene.seamcall(leaf, **operands) for leaf, operands in tries.items()}
         assert all(status_of(regs.rax) is Status.PAGE_METADATA_INCORRECT for regs in results.values()), results
-        return Seen(note=", ".join(_say(leaf, regs) for leaf, regs in results.items()))
+        return Seen(note=", ".join(say(leaf, regs) for leaf, regs in results.items()))
 
     return scene.under_attack(act)
 
@@ -294,9 +282,9 @@ def reclaim_while_alive(scene: Scene) -> Observation:
             Leaf.MNG_KEY_FREEID: {"rcx": tdr},
             Leaf.MNG_VPFLUSHDONE: {"rcx": tdr},
         }
-        results = {leaf: _call(scene, leaf, **operands) for leaf, operands in tries.items()}
+        results = {leaf: scene.seamcall(leaf, **operands) for leaf, operands in tries.items()}
         assert all(status_of(regs.rax) is not Status.SUCCESS for regs in results.values())
-        said = ", ".join(_say(leaf, regs) for leaf, regs in results.items())
+        said = ", ".join(say(leaf, regs) for leaf, regs in results.items())
         return Seen(scene.memory.read(victim.pa(), PAGE), said)
 
     return scene.under_attack(act)

@@ -10,7 +10,7 @@ from softtdx.errors import SoftTdxError
 
 __all__ = ["COMMANDS"]
 
-_STEPS = {"seamcall": 10_000, "tdcall": 5_000, "code": 1_000, "files": 50_000}
+_STEPS = {"seamcall": 10_000, "tdcall": 5_000, "code": 1_000, "ioctl": 10_000, "files": 50_000}
 
 
 @click.command()
@@ -32,7 +32,7 @@ def campaign(
     state: str | None,
     as_json: bool,
 ) -> int:
-    """Fuzz SEAMCALL, TDCALL, the interpreter and the parsers of files. Exit status 0 when nothing was found.
+    """Fuzz SEAMCALL, TDCALL, the interpreter, KVM's ioctls and parsers of files. Exit status 0 when nothing was found.
 
     The same seed finds the same things. Findings are told apart by their cause and come with the seed that shows them.
     """

@@ -42,6 +42,8 @@ class Mode(Enum):
 # Finding a member of an Enum takes CPython 3.11 0.3 us, and a SEAMCALL changes modes several times.
 _VMX_ROOT, _SEAM_ROOT, _VMX_NON_ROOT, _SEAM_NON_ROOT = Mode
 
+_NO_GPRS = (0,) * 16
+
 
 class LogicalProcessor:
     """One hardware thread. The host (VMX root) uses it directly; SEAM software gets `SeamCpu`.
@@ -58,6 +60,7 @@ class LogicalProcessor:
         self.package = index // d.lps_per_package
         self.apic_id = index
         self.mode = _VMX_ROOT
+        self._td_ran = False
         self._written: dict[int, int] = {}
         self.core = Core(platform.memory, self.apic_id)
         self.core.configure(tsc_hz=d.tsc_hz, tsc_real=d.tsc_real)
@@ -115,6 +118,9 @@ class LogicalProcessor:
             seam.unbreakable_shutdown(to_loader=bool(to_loader))
             raise VmFail(f"SEAMCALL: the SEAM software shut down: {shutdown}") from shutdown
         finally:
+            if self._td_ran:  # SEAMRET loads the host's registers: nothing of the TD's stays in the register file
+                core.set_gprs(_NO_GPRS)
+                self._td_ran = False
             core.seam = False
             self.mode = _VMX_ROOT
         if events.active:
@@ -151,6 +157,7 @@ class LogicalProcessor:
         """Run the current VMCS in the non-root mode that belongs to the current root mode."""
         root = self.mode
         self.mode = _SEAM_NON_ROOT if root is _SEAM_ROOT else _VMX_NON_ROOT
+        self._td_ran = root is _SEAM_ROOT
         core = self.core
         try:
             if self.guest_engine is not None:

@@ -72,9 +72,20 @@ def note_promotable(secure: SecureEpt, gpa: int) -> None:
 
 
 def promote_ready(vm: Vm, lp: LogicalProcessor, secure: SecureEpt) -> None:
-    """Merge what `note_promotable` noted. A range that the TD is slow to accept is given up."""
+    """Merge what `note_promotable` noted. A range that the TD is slow to accept is given up.
+
+    So is one that the module refuses to merge: the TD does as well with small pages, unless they stay blocked.
+    """
     for base, attempts in list(secure.promotable.items()):
-        if secure.promote(lp, base):
+        try:
+            merged = secure.promote(lp, base)
+        except KvmError:
+            del secure.promotable[base]
+            vm.stats["promotions refused"] += 1
+            if vm.dead:
+                raise
+            continue
+        if merged:
             vm.stats["promotions"] += 1
         elif attempts + 1 < _ATTEMPTS:
             secure.promotable[base] = attempts + 1

@@ -170,10 +170,27 @@ fn bulk<T: Int, const OP: u8>(cpu: &mut Cpu, u: &Uop, count: u64) -> Result<u64,
 /// Elements between two looks at pending events.
 const BURST: u32 = 1024;
 
+/// With a 32-bit address size the count loses its upper half even if nothing is repeated, or the first element
+/// faults; so do the pointers of MOVS and STOS, on Intel's processors.
+#[cold]
+fn cut<const OP: u8>(cpu: &mut Cpu) {
+    cpu.gpr[RCX] &= 0xffff_ffff;
+    if OP == MOVS {
+        cpu.gpr[RSI] &= 0xffff_ffff;
+    }
+    if OP == MOVS || OP == STOS {
+        cpu.gpr[RDI] &= 0xffff_ffff;
+    }
+}
+
 fn repeated<T: Int, const OP: u8>(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
     last(cpu, ip, |cpu, u| {
         let mask = mask(u);
         let mut burst = 0;
+        let flags = cpu.cc;
+        if u.asize == 4 {
+            cut::<OP>(cpu);
+        }
         loop {
             let count = cpu.gpr[RCX] & mask;
             if count == 0 {
@@ -199,7 +216,11 @@ fn repeated<T: Int, const OP: u8>(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
                     continue;
                 }
             }
-            element::<T, OP>(cpu, u)?;
+            if let Err(stop) = element::<T, OP>(cpu, u) {
+                // A fault restores the flags of before the whole instruction (SDM volume 2, REP).
+                cpu.cc = flags;
+                return Err(stop);
+            }
             bump(cpu, u, RCX, u64::MAX);
             burst += 1;
             if (OP == CMPS || OP == SCAS) && cpu.cc.zf() != (u.rep == 1) {

@@ -1,4 +1,4 @@
-//! AES-NI, PCLMULQDQ and SHA.
+//! AES-NI, PCLMULQDQ, GFNI and SHA.
 
 use iced_x86::{Instruction, Mnemonic};
 
@@ -104,6 +104,42 @@ fn carryless(a: u128, b: u128, imm: u8) -> u128 {
     })
 }
 
+// --- GFNI: the field of AES, and affine maps over GF(2)
+
+/// The inverse in AES's field is its 254th power; 0 goes to 0.
+const INVERSES: [u8; 256] = {
+    let mut table = [0; 256];
+    let mut n = 0;
+    while n < 256 {
+        let x = n as u8;
+        let mut power = 1;
+        let mut left = 254;
+        while left > 0 {
+            power = times(power, x);
+            left -= 1;
+        }
+        table[n] = power;
+        n += 1;
+    }
+    table
+};
+
+/// Every byte of `a` through the matrix in the same half of `matrices`, plus the constant; row 0 is byte 7.
+fn affine(a: u128, matrices: u128, constant: u8) -> u128 {
+    let (bytes, matrices) = (u8s(a), u64s(matrices));
+    join_u8(std::array::from_fn(|n| {
+        let rows = matrices[n / 8].to_le_bytes();
+        (0..8).fold(constant, |out, bit| {
+            let parity = (rows[7 - bit] & bytes[n]).count_ones() as u8 & 1;
+            out ^ parity << bit
+        })
+    }))
+}
+
+fn affine_inverse(a: u128, matrices: u128, constant: u8) -> u128 {
+    affine(sub(a, &INVERSES), matrices, constant)
+}
+
 // --- SHA-1 and SHA-256 (SDM volume 2, SHA1RNDS4 and following); lane 3 is the first word
 
 fn sha1_rounds(a: u128, b: u128, imm: u8) -> u128 {
@@ -197,6 +233,9 @@ pub fn lower(insn: &Instruction, _uop: &mut Uop) -> Option<Handler> {
         M::Aesimc => xmm2!(|_, b| mix_columns_back(b)),
         M::Aeskeygenassist => xmm_imm!(|_, b, imm| key_assist(b, imm)),
         M::Pclmulqdq => xmm_imm!(carryless),
+        M::Gf2p8mulb => xmm2!(|a, b| map_u8(a, b, times)),
+        M::Gf2p8affineqb => xmm_imm!(affine),
+        M::Gf2p8affineinvqb => xmm_imm!(affine_inverse),
         M::Sha1rnds4 => xmm_imm!(sha1_rounds),
         M::Sha1nexte => xmm2!(sha1_next_e),
         M::Sha1msg1 => xmm2!(sha1_message1),

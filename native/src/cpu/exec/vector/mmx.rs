@@ -194,11 +194,15 @@ fn insert(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
 fn masked_store(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
     step(cpu, ip, |cpu, u| {
         cpu.x87_wait()?;
-        cpu.ext.x87.top = 0;
-        let (value, mask) = (cpu.mm(u.dst), cpu.mm(u.src));
-        store_bytes(cpu, u, &value.to_le_bytes(), &mask.to_le_bytes())?;
+        // Before the store, and even if that faults.
         cpu.enter_mmx();
-        Ok(())
+        let (value, mask) = (cpu.mm(u.dst), cpu.mm(u.src));
+        if mask & 0x8080_8080_8080_8080 == 0 {
+            // Nothing to store, but unlike MASKMOVDQU it looks whether it could.
+            let at = cpu.ea(u)?;
+            return cpu.check_write(at, 8);
+        }
+        store_bytes(cpu, u, &value.to_le_bytes(), &mask.to_le_bytes())
     })
 }
 
