@@ -62,6 +62,10 @@ impl Cpu {
 
     /// Host pointer to a physical page for reading, if it can be had. For page walks.
     fn page_of(&mut self, pa: u64) -> Option<*const u8> {
+        // Nobody waits for a processor that stands still (a walk for a debugger, or before VM entry).
+        if !self.slot.is_running() {
+            return None;
+        }
         let index = (pa >> 12) as usize & (PAGES - 1);
         let known = self.pages[index];
         if known.0 == pa & PAGE {
