@@ -130,6 +130,7 @@ class Vcpu:
                 raise LeafError(Status.VCPU_ASSOCIATED)
             self._cpu.wr32(at, lpid)
         self._note_module()
+        self.wr32(tdvps.LP_DEPENDENT_HPA_UPDATED, 0)
         add32(self._cpu, self.td.p0 + tdcs.NUM_ASSOC_VCPUS, 1)
         return True
 
@@ -145,11 +146,13 @@ class Vcpu:
         add32(self._cpu, self.td.p0 + tdcs.NUM_ASSOC_VCPUS, -1)
 
     def _note_module(self) -> None:
-        """Remember which module ran the vCPU last: an updated one has to renew the VMCS's host state."""
+        """Remember which module ran the vCPU last: an updated one has to renew the host state in its VMCSs."""
         index = self.call.g.seamdb_index
         at = self.p0 + tdvps.LAST_SEAMDB_INDEX
         if int.from_bytes(self._cpu.read(at, 8), "little") != index:
             self._cpu.write(at, index.to_bytes(8, "little"))
+            self.wr32(tdvps.MODULE_DEPENDENT_FIELDS_UPDATED, 0)
+            self.wr32(tdvps.LP_DEPENDENT_HPA_UPDATED, 0)
 
     # --- TLB tracking
     def enter_epoch(self, last: int, *, newly_bound: bool) -> int:
