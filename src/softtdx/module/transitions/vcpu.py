@@ -14,6 +14,7 @@ from .. import tdcs, tdvps
 from ..atomics import add16, add32
 from ..context import Call
 from ..errors import LeafError
+from ..ids import TD_EPOCH
 from ..locks import HELD, HOST_PRIORITY
 from ..pamt import PageType, PamtPage, lock_page
 from ..td import LockId, Td
@@ -24,6 +25,7 @@ PAGE: Final = 0xFFF
 READY: Final = int(VcpuState.READY)
 DISABLED: Final = int(VcpuState.DISABLED)
 INVEPT_SINGLE_CONTEXT: Final = 1
+EPOCH_LOCK: Final = int(LockId.EPOCH)
 
 
 def lock_tdvpr(call: Call, pa: int, exclusive: bool, operand: int = Operand.RCX) -> PamtPage:
@@ -159,14 +161,18 @@ class Vcpu:
         """
         td = self.td
         locks = td.call.locks
-        key = td.pa | LockId.EPOCH
-        with locks.mutex:
-            held = locks.state.get(key, 0)
+        key = td.pa | EPOCH_LOCK
+        while True:
+            held = locks.words.load(key)
             if held & HELD:
-                locks.state[key] = held | HOST_PRIORITY
-                raise LeafError(Status.OPERAND_BUSY, Operand.TD_EPOCH)
+                if locks.words.cas(key, held, held | HOST_PRIORITY) != held:
+                    continue
+                raise LeafError(Status.OPERAND_BUSY, TD_EPOCH)
             epoch = td.rd64(tdcs.TD_EPOCH)
             add16(self._cpu, td.p0 + tdcs.REFCOUNT + 2 * (epoch & 1), 1)
+            if not locks.words.load(key) & HELD and td.rd64(tdcs.TD_EPOCH) == epoch:
+                break
+            self.leave_epoch(epoch)  # TDH.MEM.TRACK came in between, and may not have seen this vCPU
         if epoch != last:
             if not newly_bound:
                 flush_td_translations(td)
