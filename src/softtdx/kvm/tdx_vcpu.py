@@ -28,7 +28,6 @@ from softtdx.kvm.x86_ops import VcpuOps
 
 __all__ = ["TdxVcpu"]
 
-_EXTEND_CHUNK = 256
 _EXTENDED, _ADDRESS_LEAF = 0x8000_0000, 0x8000_0008
 _TOLD_LEAVES = 128  # that a field id of a CPUID value can name, and subleaves
 _ERROR = 1 << 63
@@ -149,8 +148,7 @@ class TdxVcpu(VcpuOps):
                 raise KvmError(errno.EEXIST, f"initial memory at GPA {gpa:#x} was added before")
             td.secure.add(lp, gpa, slot.guest_memfd.get_page(slot.file_offset(gpa) // PAGE), source)
             if region.measure:
-                for chunk in range(gpa, gpa + PAGE, _EXTEND_CHUNK):
-                    sc.mr_extend(lp, td.require_tdr(), chunk)
+                sc.mr_extend(lp, td.require_tdr(), gpa, PAGE)
 
     def _get_cpuid(self) -> list[CpuidEntry]:
         """KVM_TDX_GET_CPUID: every leaf that the module shows the TD, up to the last that it says there is."""

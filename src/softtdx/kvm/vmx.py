@@ -29,7 +29,7 @@ from softtdx.kvm.mmio import MAX_INSTRUCTION, MmioInstruction, decode_mmio
 from softtdx.kvm.mmu import Fault, shared_fault, walk_guest
 from softtdx.kvm.uapi import Regs, Sregs
 from softtdx.kvm.vcpu import Vcpu
-from softtdx.kvm.vmx_state import XSAVE_ALL, LeftInProcessor
+from softtdx.kvm.vmx_state import XSTATE_KEPT, LeftInProcessor
 from softtdx.kvm.x86_ops import VcpuOps, VmOps
 
 if TYPE_CHECKING:
@@ -41,7 +41,10 @@ _RAX, _RCX, _RDX, _RBX, _RSP, _RSI, _RDI = 0, 1, 2, 3, 4, 6, 7
 _U32 = 0xFFFF_FFFF
 _U64 = (1 << 64) - 1
 _ENTRY_FAILURE = 1 << 31
-_EFER_LMA = 1 << 10
+_CR0_PG = 1 << 31
+_EFER_LME, _EFER_LMA = 1 << 8, 1 << 10
+_CPUID_XSTATE = 0xD
+_X87 = 1  # of XCR0
 _CR4_VMXE = 1 << 13
 _DIRECTION = 1 << 10  # RFLAGS.DF
 _BLOCKED_BY_STI_OR_MOV_SS = 3
@@ -144,8 +147,8 @@ class VmxVcpu(VcpuOps):
 
     def set_xcr0(self, value: int) -> None:
         """KVM_SET_XCRS."""
-        if not value & 1 or value & ~XSAVE_ALL:
-            raise KvmError(errno.EINVAL, f"XCR0 {value:#x}; {XSAVE_ALL:#x} is what this processor has")
+        if not value & 1 or value & ~XSTATE_KEPT:
+            raise KvmError(errno.EINVAL, f"XCR0 {value:#x}; {XSTATE_KEPT:#x} is what this processor has")
         with self.loaded() as lp:
             lp.core.xcr0 = value
 
@@ -371,7 +374,13 @@ class VmxVcpu(VcpuOps):
         return self.vcpu.exit_to_user(KvmExit.SHUTDOWN)
 
     def _xsetbv(self, lp: LogicalProcessor) -> bool:
-        lp.core.xcr0 = self.gprs[_RDX] << 32 | self.gprs[_RAX] & _U32
+        """XCR0 within what user space gave the guest by CPUID (0xD, 0) and KVM keeps for it (kvm_emulate_xsetbv)."""
+        value = (self.gprs[_RDX] & _U32) << 32 | self.gprs[_RAX] & _U32
+        eax, _, _, edx = emulate.cpuid(self.vcpu, _CPUID_XSTATE, 0)
+        allowed = (edx << 32 | eax) & XSTATE_KEPT | _X87
+        if self.gprs[_RCX] & _U32 or not value & _X87 or value & ~allowed:
+            return self._general_protection(lp)
+        lp.core.xcr0 = value
         self._skip(lp)
         return True
 
@@ -395,8 +404,10 @@ class VmxVcpu(VcpuOps):
     def _wrmsr(self, lp: LogicalProcessor) -> bool:
         index, value = self.gprs[_RCX] & _U32, (self.gprs[_RDX] & _U32) << 32 | self.gprs[_RAX] & _U32
         if index == Msr.EFER:
-            lma = lp.core.vmread(vmcs.GUEST_IA32_EFER) & _EFER_LMA
-            lp.core.vmwrite(vmcs.GUEST_IA32_EFER, value & ~_EFER_LMA | lma)
+            before, paging = lp.core.vmread(vmcs.GUEST_IA32_EFER), lp.core.vmread(vmcs.GUEST_CR0) & _CR0_PG
+            if value & ~registers.EFER_VALID or (paging and (value ^ before) & _EFER_LME):
+                return self._general_protection(lp)
+            lp.core.vmwrite(vmcs.GUEST_IA32_EFER, value & ~_EFER_LMA | before & _EFER_LMA)
         elif index == Msr.PAT and vmx_msrs.valid_pat(value):
             lp.core.vmwrite(vmcs.GUEST_IA32_PAT, value)
         elif index == Msr.TSC:
@@ -410,22 +421,23 @@ class VmxVcpu(VcpuOps):
         """#GP(0), unless user space wants to see it; `value` of a write."""
         if not self.vcpu.msr_to_user(index, value, self._msr_answered):
             return False
-        self._inject_gp(lp)
-        return True
+        return self._general_protection(lp)
 
     def _msr_answered(self, error: bool, value: int | None) -> None:
         """User space comes back from KVM_EXIT_X86_RDMSR or WRMSR; `value` is what a read gives."""
         with self.loaded() as lp:
             if error:
-                self._inject_gp(lp)
+                self._general_protection(lp)
                 return
             if value is not None:
                 self.gprs[_RAX], self.gprs[_RDX] = value & _U32, value >> 32
             self._skip(lp)
 
-    def _inject_gp(self, lp: LogicalProcessor) -> None:
+    def _general_protection(self, lp: LogicalProcessor) -> bool:
+        """#GP(0) for the instruction that exited: a value or an MSR that the guest does not have."""
         lp.core.vmwrite(vmcs.ENTRY_INTERRUPTION_INFO, 1 << 31 | 1 << 11 | 3 << 8 | 13)
         lp.core.vmwrite(vmcs.ENTRY_EXCEPTION_ERROR_CODE, 0)
+        return True
 
     def _io(self, lp: LogicalProcessor) -> bool:
         qualification = lp.core.vmread(vmcs.EXIT_QUALIFICATION)

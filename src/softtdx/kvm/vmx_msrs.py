@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Final
 from softtdx.abi import vmcs
 from softtdx.abi.msrs import Msr
 from softtdx.kvm import emulate
+from softtdx.kvm.vmx_registers import EFER_VALID
 from softtdx.kvm.vmx_state import MSRS_IN_PROCESSOR
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ _IN_VMCS: Final[dict[int, int]] = {
 _CANONICAL: Final = frozenset(
     {Msr.SYSENTER_ESP, Msr.SYSENTER_EIP, Msr.FS_BASE, Msr.GS_BASE, Msr.LSTAR, Msr.CSTAR, Msr.KERNEL_GS_BASE}
 )
-_EFER_VALID: Final = 0xD01  # SCE, LME, LMA, NX
 _PAT_TYPES: Final = (0, 1, 4, 5, 6, 7)
 _ON_VIRTUAL_APIC: Final = frozenset((Msr.X2APIC_TPR, Msr.X2APIC_PPR, *range(Msr.X2APIC_ISR0, Msr.X2APIC_ESR)))
 _U64: Final = (1 << 64) - 1
@@ -60,7 +60,7 @@ def write(ops: "VmxVcpu", index: int, value: int) -> bool:
     field = _IN_VMCS.get(index)
     if index in _CANONICAL and not _is_canonical(value):
         return False
-    if (index == Msr.EFER and value & ~_EFER_VALID) or (index == Msr.PAT and not valid_pat(value)):
+    if (index == Msr.EFER and value & ~EFER_VALID) or (index == Msr.PAT and not valid_pat(value)):
         return False
     if field is not None:
         with ops.loaded() as lp:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from softtdx.kvm.vmx import VmxVcpu
 
 __all__ = [
-    "DR7_FIXED", "PAT_RESET", "cr8", "get_events", "get_sregs", "set_events", "set_sregs", "translate",
+    "DR7_FIXED", "EFER_VALID", "PAT_RESET", "cr8", "get_events", "get_sregs", "set_events", "set_sregs", "translate",
     "write_reset_state", "write_sregs",
 ]  # fmt: skip
 
@@ -31,7 +31,7 @@ PAT_RESET: Final = 0x0007_0406_0007_0406
 _CR0_PG, _CR0_CD, _CR0_NW, _CR0_PE = 1 << 31, 1 << 30, 1 << 29, 1
 _CR4_PAE, _CR4_VMXE = 1 << 5, 1 << 13
 _EFER_LME, _EFER_LMA = 1 << 8, 1 << 10
-_EFER_VALID: Final = 0xD01  # SCE, LME, LMA, NX
+EFER_VALID: Final = 0xD01  # SCE, LME, LMA, NX
 _CS_L: Final = 1 << 13
 _SEGMENTS: Final = {name: name.upper() for name in ("es", "cs", "ss", "ds", "fs", "gs", "tr")} | {"ldt": "LDTR"}
 _VALID, _HAS_ERROR_CODE = 1 << 31, 1 << 11
@@ -89,7 +89,7 @@ def _check(s: Sregs) -> None:
     wrong = None
     if s.cr0 >> 32 or (s.cr0 & _CR0_NW and not s.cr0 & _CR0_CD) or (paging and not s.cr0 & _CR0_PE):
         wrong = f"CR0 {s.cr0:#x}"
-    elif s.efer & ~_EFER_VALID:
+    elif s.efer & ~EFER_VALID:
         wrong = f"EFER {s.efer:#x}"
     elif paging and s.efer & _EFER_LME:
         if not long_mode or not s.cr4 & _CR4_PAE:

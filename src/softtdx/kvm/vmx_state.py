@@ -13,13 +13,14 @@ from softtdx.hw import LogicalProcessor
 from softtdx.kvm.errors import KvmError
 from softtdx.kvm.memory import HostMemory
 
-__all__ = ["MSRS_IN_PROCESSOR", "XSAVE_ALL", "LeftInProcessor", "evict"]
+__all__ = ["MSRS_IN_PROCESSOR", "XSTATE_KEPT", "LeftInProcessor", "evict"]
 
 MSRS_IN_PROCESSOR: Final = (
     Msr.STAR, Msr.LSTAR, Msr.CSTAR, Msr.FMASK, Msr.KERNEL_GS_BASE, Msr.TSC_AUX, Msr.XSS, Msr.SPEC_CTRL,
 )  # fmt: skip
 _RESET_MSR: Final = 0
-XSAVE_ALL: Final = 0x3  # the state that the simulated processor keeps: x87 and SSE
+XSTATE_KEPT: Final = 0x203
+"""State components that the simulated processor has: x87, SSE and PKRU."""
 _XCR0_RESET: Final = 1
 _IMAGE_SIZE: Final = 4096
 _HEADER, _HEADER_END = 512, 576  # XSTATE_BV, XCOMP_BV, 48 reserved bytes
@@ -27,6 +28,8 @@ _X87, _SSE = 1, 2
 _FCW_RESET, _MXCSR_RESET, _MXCSR_VALID = 0x37F, 0x1F80, 0xFFFF
 _MXCSR_AT, _XMM_AT, _XMM_END = 24, 160, 416
 _COMPACTED: Final = 1 << 63
+_PKRU: Final = 1 << 9
+_PKRU_AT, _PKRU_SIZE = 2688, 8  # in the standard format (CPUID 0DH, 9); compacted it follows the header
 _DR_RESET: Final = (0, 0, 0, 0, 0xFFFF_0FF0)
 
 _owners: "WeakKeyDictionary[LogicalProcessor, LeftInProcessor]" = WeakKeyDictionary()
@@ -60,9 +63,9 @@ class LeftInProcessor:
         evict(lp)
         core = lp.core
         if self._saved:
-            core.xrstor(self.area, XSAVE_ALL)
+            core.xrstor(self.area, XSTATE_KEPT)
         else:
-            core.xinit(XSAVE_ALL)
+            core.xinit(XSTATE_KEPT)
         core.xcr0, core.cr2, core.dr = self._xcr0, self._cr2, self._dr
         for msr, value in self._msrs.items():
             core.wrmsr(msr, value)
@@ -72,7 +75,7 @@ class LeftInProcessor:
         """Take the state out of `lp`."""
         core = lp.core
         self._memory.zero(self.area)
-        core.xsave(self.area, XSAVE_ALL)
+        core.xsave(self.area, XSTATE_KEPT)
         self._xcr0, self._cr2, self._dr = core.xcr0, core.cr2, core.dr
         for msr in MSRS_IN_PROCESSOR:
             self._msrs[msr] = core.rdmsr(msr) or 0
@@ -94,6 +97,9 @@ class LeftInProcessor:
         if not there & _SSE:
             image[_MXCSR_AT : _MXCSR_AT + 4] = _MXCSR_RESET.to_bytes(4, "little")
             image[_XMM_AT:_XMM_END] = bytes(_XMM_END - _XMM_AT)
+        if there & _PKRU:
+            image[_PKRU_AT : _PKRU_AT + _PKRU_SIZE] = image[_HEADER_END : _HEADER_END + _PKRU_SIZE]
+        image[_HEADER_END : _HEADER_END + _PKRU_SIZE] = bytes(_PKRU_SIZE)
         image[_HEADER + 8 : _HEADER_END] = bytes(_HEADER_END - _HEADER - 8)
         return bytes(image)
 
@@ -101,12 +107,13 @@ class LeftInProcessor:
         """The inverse, into `lp`, which has the state. EINVAL for a header or an MXCSR that XRSTOR refuses."""
         there = int.from_bytes(image[_HEADER : _HEADER + 8], "little")
         mxcsr = int.from_bytes(image[_MXCSR_AT : _MXCSR_AT + 4], "little")
-        if there & ~XSAVE_ALL or any(image[_HEADER + 8 : _HEADER_END]) or mxcsr & ~_MXCSR_VALID:
+        if there & ~XSTATE_KEPT or any(image[_HEADER + 8 : _HEADER_END]) or mxcsr & ~_MXCSR_VALID:
             raise KvmError(errno.EINVAL, f"extended state with components {there:#x} and MXCSR {mxcsr:#x}")
         compacted = bytearray(image[:_IMAGE_SIZE])
-        compacted[_HEADER + 8 : _HEADER + 16] = (_COMPACTED | XSAVE_ALL).to_bytes(8, "little")
+        compacted[_HEADER + 8 : _HEADER + 16] = (_COMPACTED | XSTATE_KEPT).to_bytes(8, "little")
+        compacted[_HEADER_END : _HEADER_END + _PKRU_SIZE] = image[_PKRU_AT : _PKRU_AT + _PKRU_SIZE]
         self._memory.write(self.area, bytes(compacted))
-        lp.core.xrstor(self.area, XSAVE_ALL)
+        lp.core.xrstor(self.area, XSTATE_KEPT)
 
 
 def evict(lp: LogicalProcessor) -> None:
