@@ -63,7 +63,7 @@ def test_a_leaf_that_writes_for_the_host_may_be_aimed_at_a_td_as_the_hosts_own_s
     machine = Machine()
     td = Td.create(machine)
     target = {"rcx", "r8"} - operands.keys() if leaf is Leaf.SYS_INFO else {"rdx"}
-    machine.ok(leaf, **operands, **{name: td.tdr for name in target})
+    machine.ok(leaf, **operands, **dict.fromkeys(target, td.tdr))
     with pytest.raises(MachineCheck):
         machine.call(Leaf.MEM_SEPT_RD, rcx=3, rdx=td.tdr)
     assert machine.platform.seam.module is None, "a machine check in SEAM root mode ends the module"
