@@ -40,6 +40,7 @@ pub struct Block {
     pub first: u32,
     /// Bytes of code.
     pub bytes: u16,
+    /// Instructions.
     pub count: u8,
     /// Its only instruction crosses into another page.
     pub crosses: bool,

@@ -82,7 +82,11 @@ impl Cpu {
         }
         let before = self.cr3;
         self.cr3 = value;
-        self.switch_space(before, keep);
+        if self.cr4 & cr4::PCIDE != 0 {
+            self.switch_pcid(before as u16 & 0xfff, value as u16 & 0xfff, keep);
+        } else {
+            self.flush_tlb();
+        }
         Ok(())
     }
 
@@ -153,11 +157,5 @@ impl Cpu {
             ));
         }
         Ok(())
-    }
-
-    /// After a change of CR3: translations of the new address space only. With PCIDs and bit 63 set (`keep`) those
-    /// of earlier uses of the same PCID may be used again.
-    fn switch_space(&mut self, _before: u64, _keep: bool) {
-        self.flush_tlb();
     }
 }

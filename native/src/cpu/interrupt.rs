@@ -225,7 +225,7 @@ impl Cpu {
             woken
         };
         if self.slot.enter() {
-            self.tlb.drop_pointers();
+            self.drop_pointers();
         }
         if !woken {
             // Time passes while the processor sleeps: a virtual timer is reached at once.

@@ -12,6 +12,34 @@ use super::walk::access;
 
 const PAGE: u64 = !0xfff;
 
+/// Pages of page tables that a processor holds pointers to.
+pub const PAGES: usize = 128;
+/// No page has this address.
+pub const NO_PAGE: (u64, usize) = (u64::MAX, 0);
+
+/// LOCK CMPXCHG16B on the host.
+///
+/// # Safety
+/// `at` points to 16 writable bytes of guest memory, aligned, and the host has the instruction.
+#[cfg(target_arch = "x86_64")]
+unsafe fn host_cas_16_bytes(at: *mut u8, old: u128, new: u128) -> u128 {
+    let (mut low, mut high) = (old as u64, (old >> 64) as u64);
+    // RBX belongs to the compiler: it is lent for the one instruction. (The intrinsic of the standard library may end
+    // up as a call into a library that is not there.)
+    std::arch::asm!(
+        "xchg rbx, rsi",
+        "lock cmpxchg16b [rdi]",
+        "xchg rbx, rsi",
+        in("rdi") at,
+        inout("rsi") new as u64 => _,
+        in("rcx") (new >> 64) as u64,
+        inout("rax") low,
+        inout("rdx") high,
+        options(nostack),
+    );
+    u128::from(high) << 64 | u128::from(low)
+}
+
 impl Cpu {
     // --- calls into memory. Each may have waited for a shootdown of somebody else, so each polls.
 
@@ -19,8 +47,41 @@ impl Cpu {
     #[inline]
     pub fn poll(&mut self) {
         if self.slot.poll() {
-            self.counters.shootdowns += 1;
-            self.tlb.drop_pointers();
+            self.drop_pointers();
+        }
+    }
+
+    /// Every pointer to guest memory that this processor holds is gone.
+    #[cold]
+    #[inline(never)]
+    pub fn drop_pointers(&mut self) {
+        self.counters.shootdowns += 1;
+        self.tlb.drop_pointers();
+        self.pages = [NO_PAGE; PAGES];
+    }
+
+    /// Host pointer to a physical page for reading, if it can be had. For page walks.
+    fn page_of(&mut self, pa: u64) -> Option<*const u8> {
+        // Nobody waits for a processor that stands still (a walk for a debugger, or before VM entry).
+        if !self.slot.is_running() {
+            return None;
+        }
+        let index = (pa >> 12) as usize & (PAGES - 1);
+        let known = self.pages[index];
+        if known.0 == pa & PAGE {
+            return Some(known.1 as *const u8);
+        }
+        let result = self.mem.page_ptr(pa & PAGE, false, self.guest_agent());
+        if self.slot.poll() {
+            self.drop_pointers();
+            return None;
+        }
+        match result {
+            Ok(PageAccess::Direct(page)) => {
+                self.pages[index] = (pa & PAGE, page as usize);
+                Some(page)
+            }
+            _ => None,
         }
     }
 
@@ -47,6 +108,12 @@ impl Cpu {
     }
 
     pub fn phys_rd64(&mut self, pa: u64) -> Result<u64, Stop> {
+        if pa & 7 == 0 {
+            if let Some(page) = self.page_of(pa) {
+                // SAFETY: the page is readable memory until the pointer is taken back, which `page_of` looked for.
+                return Ok(unsafe { u64::load(page.add((pa & 0xfff) as usize)) });
+            }
+        }
         let result = self.mem.rd64(pa, self.guest_agent());
         self.poll();
         result.map_err(|fault| self.bus_fault(fault))
@@ -87,7 +154,7 @@ impl Cpu {
     /// A load through the TLB's pointer; `Err` (with nothing noted) if there is none for it.
     #[inline(always)]
     pub fn load_fast<T: Int>(&mut self, linear: u64) -> Result<T, Stop> {
-        let entry = &self.tlb.hot[Tlb::index(linear)];
+        let entry = &self.tlb.hot[Tlb::index(linear, self.tag)];
         // The page of the last byte: an access that crosses pages does not match.
         if entry.read == linear.wrapping_add(T::BYTES - 1) & PAGE | self.tag {
             let at = entry.host.wrapping_add(linear as usize) as *const u8;
@@ -100,7 +167,7 @@ impl Cpu {
 
     #[inline(always)]
     pub fn store_fast<T: Int>(&mut self, linear: u64, value: T) -> Result<(), Stop> {
-        let entry = &self.tlb.hot[Tlb::index(linear)];
+        let entry = &self.tlb.hot[Tlb::index(linear, self.tag)];
         if entry.write == linear.wrapping_add(T::BYTES - 1) & PAGE | self.tag {
             let at = entry.host.wrapping_add(linear as usize) as *mut u8;
             // SAFETY: as in `load_fast`, for writing.
@@ -116,7 +183,7 @@ impl Cpu {
         linear: u64,
         change: impl FnOnce(&mut Cpu, T) -> T,
     ) -> Result<(), Stop> {
-        let entry = &self.tlb.hot[Tlb::index(linear)];
+        let entry = &self.tlb.hot[Tlb::index(linear, self.tag)];
         if entry.write == linear.wrapping_add(T::BYTES - 1) & PAGE | self.tag {
             let at = entry.host.wrapping_add(linear as usize) as *mut u8;
             // SAFETY: as in `store_fast`; `change` works on registers and never polls.
@@ -154,7 +221,7 @@ impl Cpu {
         linear: u64,
         change: impl FnOnce(&mut Cpu, T) -> T,
     ) -> Result<(), Stop> {
-        let entry = &self.tlb.hot[Tlb::index(linear)];
+        let entry = &self.tlb.hot[Tlb::index(linear, self.tag)];
         if entry.write == linear.wrapping_add(T::BYTES - 1) & PAGE | self.tag {
             return self.modify_fast(linear, change);
         }
@@ -171,7 +238,7 @@ impl Cpu {
         linear: u64,
         mut change: impl FnMut(&mut Cpu, T) -> T,
     ) -> Result<T, Stop> {
-        let index = Tlb::index(linear);
+        let index = Tlb::index(linear, self.tag);
         if self.tlb.hot[index].write != linear & PAGE | self.tag {
             self.pointer(linear, true)?;
         }
@@ -204,6 +271,18 @@ impl Cpu {
             }
             old = T::from64(found as u64);
         }
+    }
+
+    /// LOCK CMPXCHG16B of an aligned operand: the value found.
+    pub fn cas_16_bytes(&mut self, linear: u64, old: u128, new: u128) -> Result<u128, Stop> {
+        #[cfg(target_arch = "x86_64")]
+        if is_x86_feature_detected!("cmpxchg16b") {
+            if let Some(at) = self.pointer(linear, true)? {
+                // SAFETY: `pointer` vouches for the page, the caller for the alignment, the line above for the host.
+                return Ok(unsafe { host_cas_16_bytes(at, old, new) });
+            }
+        }
+        self.cas_slow(linear, 16, old, new)
     }
 
     // --- slow paths. They return register pairs, so that handlers keep nothing on the stack.
@@ -358,8 +437,7 @@ impl Cpu {
         let result = self.mem.page_ptr(pa & PAGE, write, self.guest_agent());
         if self.slot.poll() {
             // Taken back while we asked: do without this time.
-            self.counters.shootdowns += 1;
-            self.tlb.drop_pointers();
+            self.drop_pointers();
             return Ok(());
         }
         match result {
@@ -376,7 +454,7 @@ impl Cpu {
     /// Host pointer to `linear` for at most the rest of its page, if it can be had. For string instructions.
     pub fn pointer(&mut self, linear: u64, write: bool) -> Result<Option<*mut u8>, Stop> {
         let wanted = if write { access::WRITE } else { access::READ };
-        let index = Tlb::index(linear);
+        let index = Tlb::index(linear, self.tag);
         let tag = linear & PAGE | self.tag;
         let have = |cpu: &Cpu| {
             let entry = &cpu.tlb.hot[index];

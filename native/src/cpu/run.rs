@@ -38,12 +38,12 @@ impl Cpu {
     pub fn run(&mut self) -> Outcome {
         let mut cache = self.cache.take().unwrap_or_default();
         if self.slot.enter() {
-            self.tlb.drop_pointers();
+            self.drop_pointers();
         }
         let keys = self.mem.key_generation();
         if cache.key_generation != keys {
             cache.clear();
-            self.tlb.drop_pointers();
+            self.drop_pointers();
             cache.key_generation = keys;
         }
         self.pause_at = self.icount + SLICE;
@@ -64,7 +64,7 @@ impl Cpu {
         let mem = self.mem.clone();
         // The block to run next, if it is known; and the block just left, with the side it was left by.
         let mut next = NONE;
-        let mut left: Option<(u32, usize)> = None;
+        let mut left = (NONE, 0);
         loop {
             if self.icount >= self.look_at {
                 let before = (self.rip, self.code_space, self.mode);
@@ -73,7 +73,7 @@ impl Cpu {
                 }
                 if before != (self.rip, self.code_space, self.mode) {
                     next = NONE;
-                    left = None;
+                    left.0 = NONE;
                 }
                 if self.icount >= self.look_at {
                     continue;
@@ -83,15 +83,15 @@ impl Cpu {
                 let era = cache.era;
                 let Some(found) = self.next_block(cache, next) else {
                     next = NONE;
-                    left = None;
+                    left.0 = NONE;
                     match self.stopped() {
                         Next::Go => continue,
                         Next::Leave(outcome) => return outcome,
                     }
                 };
-                if let (Some((from, side)), true) = (left, era == cache.era) {
+                if left.0 != NONE && era == cache.era {
                     let same = (self.gpr[BLOCK] ^ self.rip) >> 12 == 0;
-                    cache.link(from, side, found, same, self.code_space);
+                    cache.link(left.0, left.1, found, same, self.code_space);
                 }
                 next = found;
             }
@@ -103,34 +103,30 @@ impl Cpu {
             if block.crosses {
                 self.code = cache.running(index);
             }
-            let (count, bytes, taken) =
-                (u64::from(block.count), u64::from(block.bytes), block.taken);
             let ip = Ip::start(&cache.uops[block.first as usize..]);
-            match (ip.op().run)(self, ip) {
-                Flow::Next => {
-                    self.icount += count;
-                    self.rip = self.ip_mask(self.gpr[BLOCK].wrapping_add(bytes));
-                    next = cache.follow(index, 0, self.code_space);
-                    left = Some((index, 0));
-                }
-                Flow::Taken => {
-                    self.icount += count;
-                    self.rip = self.ip_mask(self.gpr[BLOCK].wrapping_add(taken));
-                    next = cache.follow(index, 1, self.code_space);
-                    left = Some((index, 1));
-                }
-                Flow::Jump => {
-                    self.icount += count;
-                    next = cache.jump(self.rip, self.code_space, self.mode);
-                    left = None;
-                }
-                Flow::Stop => {
-                    self.icount += u64::from(self.partial);
-                    next = NONE;
-                    left = None;
-                    if let Next::Leave(outcome) = self.stopped() {
-                        return outcome;
-                    }
+            let flow = (ip.op().run)(self, ip);
+            // The sides are taken apart by branches on purpose: the host predicts them, where a table would make the
+            // next block wait for the guest's condition.
+            if flow == Flow::Taken {
+                self.icount += u64::from(block.count);
+                self.rip = self.ip_mask(self.gpr[BLOCK].wrapping_add(block.taken));
+                next = cache.follow(index, 1, self.code_space);
+                left = (index, 1);
+            } else if flow == Flow::Next {
+                self.icount += u64::from(block.count);
+                self.rip = self.ip_mask(self.gpr[BLOCK].wrapping_add(block.bytes.into()));
+                next = cache.follow(index, 0, self.code_space);
+                left = (index, 0);
+            } else if flow == Flow::Jump {
+                self.icount += u64::from(block.count);
+                next = cache.jump(self.rip, self.code_space, self.mode);
+                left.0 = NONE;
+            } else {
+                self.icount += u64::from(self.partial);
+                next = NONE;
+                left.0 = NONE;
+                if let Next::Leave(outcome) = self.stopped() {
+                    return outcome;
                 }
             }
         }
@@ -218,7 +214,7 @@ impl Cpu {
             && !cache.check(index, self)
         {
             // Forgets what the jump table knows about the block.
-            self.code_space += 1;
+            self.fresh_code_space();
             index = self.find_block(cache)?;
         }
         Some(index)

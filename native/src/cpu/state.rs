@@ -11,7 +11,8 @@ use super::block::Cache;
 use super::ept::EptTlb;
 use super::ext::Ext;
 use super::flags::Lazy;
-use super::tlb::Tlb;
+use super::mem_access::{NO_PAGE, PAGES};
+use super::tlb::{Spaces, Tlb};
 use super::vmcs::Vmcs;
 use super::vmx_ctl::Controls;
 
@@ -380,11 +381,14 @@ pub struct Cpu {
     pub allow_escape: bool,
     /// Number of the address space: changes when translations are dropped.
     pub space: u64,
+    pub spaces: Spaces,
     /// Changes whenever chains between blocks of different pages must be looked up again.
     pub code_space: u64,
     /// Physical pages (and the linear one) of the running block.
     pub code: RunningCode,
     pub ept: EptTlb,
+    /// Physical pages (KeyID included) with host pointers to read them by.
+    pub pages: [(u64, usize); PAGES],
     /// CR0, CR3, CR4 and EFER at the last VM exit.
     pub left: (u64, u64, u64, u64),
     /// What the translations in the TLBs belong to.
@@ -487,9 +491,11 @@ impl Cpu {
             parked_vmcs: (Box::default(), None),
             allow_escape: false,
             space: 0,
+            spaces: Spaces::default(),
             code_space: 0,
             code: RunningCode::default(),
             ept: EptTlb::new(),
+            pages: [NO_PAGE; PAGES],
             left: (0, 0, 0, 0),
             owner: (0, 0, 0, 0),
             keyid_shift,

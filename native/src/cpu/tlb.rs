@@ -74,9 +74,11 @@ impl Tlb {
         }
     }
 
+    /// Where the translation of `linear` in the context `tag` stands. Contexts are spread, so that the kernel's pages
+    /// of one address space do not push out those of another.
     #[inline(always)]
-    pub fn index(linear: u64) -> usize {
-        (linear >> 12) as usize & (ENTRIES - 1)
+    pub fn index(linear: u64, tag: u64) -> usize {
+        ((linear >> 12) ^ (tag << 5)) as usize & (ENTRIES - 1)
     }
 
     pub fn clear(&mut self) {
@@ -92,8 +94,8 @@ impl Tlb {
         }
     }
 
-    pub fn drop_page(&mut self, linear: u64) {
-        self.hot[Self::index(linear)] = EMPTY;
+    pub fn drop_page(&mut self, linear: u64, tag: u64) {
+        self.hot[Self::index(linear, tag)] = EMPTY;
     }
 
     pub fn note_large(&mut self, linear: u64, size: u64) {
@@ -107,7 +109,7 @@ impl Tlb {
 
     /// Fills the entry of `linear`, keeping what an earlier fill of the same translation allowed.
     pub fn fill(&mut self, linear: u64, tag: u64, pa: u64, gpa: u64, allowed: u8) {
-        let index = Self::index(linear);
+        let index = Self::index(linear, tag);
         let tag = linear & PAGE | tag;
         let (hot, cold) = (&mut self.hot[index], &mut self.cold[index]);
         if hot.tag == tag && cold.pa == pa & PAGE {
@@ -125,7 +127,7 @@ impl Tlb {
     /// The translation of `linear`, if one that allows all of `access` is held.
     #[inline]
     pub fn lookup(&self, linear: u64, tag: u64, access: u8) -> Option<u64> {
-        let index = Self::index(linear);
+        let index = Self::index(linear, tag);
         let cold = &self.cold[index];
         (self.hot[index].tag == linear & PAGE | tag && cold.allowed & access == access)
             .then_some(cold.pa | linear & !PAGE)
@@ -133,7 +135,7 @@ impl Tlb {
 
     /// Gives the entry of `linear` a host pointer.
     pub fn set_pointer(&mut self, linear: u64, tag: u64, page: *mut u8, write: bool) {
-        let entry = &mut self.hot[Self::index(linear)];
+        let entry = &mut self.hot[Self::index(linear, tag)];
         let tag = linear & PAGE | tag;
         if entry.tag != tag {
             return;
@@ -151,15 +153,96 @@ impl Tlb {
     }
 }
 
+/// Address spaces whose translations may be used again when their PCID comes back.
+#[derive(Clone, Copy, Default)]
+pub struct Spaces {
+    /// Address-space numbers given out so far.
+    count: u64,
+    /// The same for the numbers that chains between blocks rest on.
+    codes: u64,
+    kept: [Kept; KEPT],
+    oldest: usize,
+}
+
+const KEPT: usize = 8;
+
+#[derive(Clone, Copy, Default)]
+struct Kept {
+    valid: bool,
+    pcid: u16,
+    space: u64,
+    code_space: u64,
+}
+
 impl Cpu {
-    /// Starts a fresh address space: nothing translated before is used again.
+    /// Drops every translation: a fresh address space, and none to come back to.
     pub fn flush_tlb(&mut self) {
-        self.space += 1;
-        if self.space & 0x3ff == 0 {
+        self.spaces.kept = Default::default();
+        self.fresh_space();
+    }
+
+    fn fresh_space(&mut self) {
+        self.spaces.count += 1;
+        if self.spaces.count & 0x3ff == 0 {
+            // The tags begin again: old ones must not match.
             self.tlb.clear();
+            self.spaces.kept = Default::default();
         }
-        self.code_space += 1;
+        self.space = self.spaces.count;
+        self.fresh_code_space();
         self.set_tag();
+    }
+
+    /// Breaks the chains that rest on translations.
+    pub fn fresh_code_space(&mut self) {
+        self.spaces.codes += 1;
+        self.code_space = self.spaces.codes;
+    }
+
+    /// MOV to CR3 with CR4.PCIDE: from the address space of `old` to that of `new`, whose translations are kept if
+    /// `keep`.
+    pub fn switch_pcid(&mut self, old: u16, new: u16, keep: bool) {
+        let (space, code_space) = (self.space, self.code_space);
+        let spaces = &mut self.spaces;
+        let known = |kept: &[Kept; KEPT], pcid| {
+            kept.iter().position(|kept| kept.valid && kept.pcid == pcid)
+        };
+        let slot = known(&spaces.kept, old).unwrap_or_else(|| {
+            spaces.oldest = (spaces.oldest + 1) % KEPT;
+            spaces.oldest
+        });
+        spaces.kept[slot] = Kept {
+            valid: true,
+            pcid: old,
+            space,
+            code_space,
+        };
+        let found = known(&spaces.kept, new);
+        match found {
+            Some(slot) if keep => {
+                let kept = spaces.kept[slot];
+                self.space = kept.space;
+                if kept.code_space == 0 {
+                    self.fresh_code_space();
+                } else {
+                    self.code_space = kept.code_space;
+                }
+                self.set_tag();
+            }
+            _ => {
+                if let Some(slot) = found {
+                    spaces.kept[slot].valid = false;
+                }
+                self.fresh_space();
+            }
+        }
+    }
+
+    /// INVPCID of one PCID that is not the current one.
+    pub fn forget_pcid(&mut self, pcid: u16) {
+        for kept in self.spaces.kept.iter_mut().filter(|kept| kept.pcid == pcid) {
+            kept.valid = false;
+        }
     }
 
     /// INVLPG: the translations of one linear address, in whatever address space.
@@ -167,9 +250,18 @@ impl Cpu {
         if self.tlb.in_large(linear) {
             self.flush_tlb();
         } else {
-            self.tlb.drop_page(linear);
-            // Chains between blocks rest on translations too.
-            self.code_space += 1;
+            let kept = self.spaces.kept;
+            let spaces = kept.iter().filter(|kept| kept.valid).map(|kept| kept.space);
+            for space in spaces.chain([self.space]) {
+                for privilege in [USER, SUPER, SUPER_AC] {
+                    self.tlb.drop_page(linear, (space & 0x3ff) << 2 | privilege);
+                }
+            }
+            // Chains between blocks rest on translations too, also those of other address spaces (global pages).
+            for kept in self.spaces.kept.iter_mut() {
+                kept.code_space = 0;
+            }
+            self.fresh_code_space();
         }
     }
 }

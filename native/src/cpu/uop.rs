@@ -9,9 +9,9 @@ use super::state::{Cpu, Stop, StopKind, BLOCK};
 #[repr(u32)]
 pub enum Flow {
     /// The block ended; go on behind it.
-    Next,
+    Next = 0,
     /// The branch that ends the block is taken; its target is the block's second successor.
-    Taken,
+    Taken = 1,
     /// `Cpu::rip` holds where to go.
     Jump,
     /// `Cpu::stop` says why; `Cpu::rip` and `Cpu::partial` are set.

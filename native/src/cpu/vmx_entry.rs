@@ -260,6 +260,8 @@ impl Cpu {
         );
         let registers = (self.cr0, self.cr3, self.cr4, self.efer);
         if owner != self.owner {
+            // Pointers too: another guest may not name the same KeyIDs.
+            self.drop_pointers();
             self.ept.clear();
         }
         if owner != self.owner || vpid == 0 || registers != self.left {
@@ -272,7 +274,7 @@ impl Cpu {
     /// Event injection, and the run.
     fn start(&mut self) -> Outcome {
         if self.slot.enter() {
-            self.tlb.drop_pointers();
+            self.drop_pointers();
         }
         let started = self.start_events();
         if let Err(Stop) = started {

@@ -1,5 +1,6 @@
 //! Guests of a few instructions each, run in VMX non-root operation.
 
+mod consistency;
 mod exceptions;
 mod hostile;
 mod integer;

@@ -315,3 +315,114 @@ fn code_may_cross_pages_and_each_page_is_checked() {
     assert_eq!((m.vector(), m.get(field::INTR_ERROR)), (14, 0x10));
     assert_eq!(m.get(field::QUALIFICATION), CODE + 0x1000);
 }
+
+#[test]
+fn translations_of_a_pcid_come_back_only_if_they_were_kept() {
+    let mut m = Machine::new();
+    m.or(field::CR4, 1 << 17);
+    // A second address space that maps DATA to the next page.
+    let other = TABLES + 0xa000;
+    for (offset, entry) in [
+        (0, (other + 0x1000) | 7),
+        (0x1000, (other + 0x2000) | 7),
+        (0x2000, (other + 0x3000) | 7),
+    ] {
+        m.w64(other + offset, entry);
+    }
+    for index in 0..512 {
+        m.w64(other + 0x3000 + index * 8, index << 12 | 7);
+    }
+    m.w64(other + 0x3000 + (DATA >> 12) * 8, (DATA + 0x1000) | 7);
+    m.w64(DATA, 1);
+    m.w64(DATA + 0x1000, 2);
+    m.w64(DATA + 0x2000, 3);
+    let keep = 1u64 << 63;
+    m.run(|a| {
+        a.mov(rdi, DATA).unwrap();
+        a.mov(r8, qword_ptr(rdi)).unwrap();
+        a.mov(rax, (other + 5) | keep).unwrap();
+        a.mov(cr3, rax).unwrap();
+        a.mov(r9, qword_ptr(rdi)).unwrap();
+        // DATA of the first space now leads to the third page; its TLB entry still knows the first.
+        a.mov(rbx, Machine::pte(DATA)).unwrap();
+        a.mov(rdx, DATA + 0x2000 + 7).unwrap();
+        a.mov(qword_ptr(rbx), rdx).unwrap();
+        a.mov(rax, TABLES | keep).unwrap();
+        a.mov(cr3, rax).unwrap();
+        a.mov(r10, qword_ptr(rdi)).unwrap();
+        // Without the bit the entry goes.
+        a.mov(rax, TABLES).unwrap();
+        a.mov(cr3, rax).unwrap();
+        a.mov(r11, qword_ptr(rdi)).unwrap();
+        // INVPCID of the other space, then back to it: its table is read again.
+        a.mov(rbx, other + 0x3000 + (DATA >> 12) * 8).unwrap();
+        a.mov(rdx, DATA + 7).unwrap();
+        a.mov(qword_ptr(rbx), rdx).unwrap();
+        a.mov(rbx, DATA + 0x3000).unwrap();
+        a.mov(qword_ptr(rbx), 5).unwrap();
+        a.mov(qword_ptr(rbx + 8), 0).unwrap();
+        a.mov(eax, 1).unwrap();
+        a.invpcid(rax, xmmword_ptr(rbx)).unwrap();
+        a.mov(rax, (other + 5) | keep).unwrap();
+        a.mov(cr3, rax).unwrap();
+        a.mov(r12, qword_ptr(rdi)).unwrap();
+        a.hlt().unwrap();
+    });
+    // The kept entry is stale, as it may be: nothing dropped it.
+    assert_eq!((m.reg(8), m.reg(9), m.reg(10)), (1, 2, 1));
+    assert_eq!((m.reg(11), m.reg(12)), (3, 1));
+}
+
+#[test]
+fn an_invalidation_reaches_the_address_spaces_that_are_kept() {
+    type Invalidate = fn(&mut CodeAssembler);
+    // Each runs in PCID 5 with RDI = DATA and a descriptor for PCID 0 and DATA at RBX.
+    let ways: [(Invalidate, u64); 7] = [
+        (|a| a.nop().unwrap(), 1),
+        (|a| a.invlpg(qword_ptr(rdi)).unwrap(), 2),
+        (|a| invpcid(a, 0), 2),
+        (|a| invpcid(a, 1), 2),
+        (|a| invpcid(a, 2), 2),
+        (|a| invpcid(a, 3), 2),
+        (
+            |a| {
+                // CR4.PGE off and on.
+                for _ in 0..2 {
+                    a.mov(rax, cr4).unwrap();
+                    a.xor(rax, 0x80).unwrap();
+                    a.mov(cr4, rax).unwrap();
+                }
+            },
+            2,
+        ),
+    ];
+    for (number, (invalidate, expected)) in ways.into_iter().enumerate() {
+        let mut m = Machine::new();
+        m.or(field::CR4, 1 << 17);
+        m.w64(DATA, 1);
+        m.w64(DATA + 0x1000, 2);
+        m.w64(DATA + 0x3000, 0);
+        m.w64(DATA + 0x3008, DATA);
+        m.run(|a| {
+            a.mov(rdi, DATA).unwrap();
+            a.mov(rbx, DATA + 0x3000).unwrap();
+            a.mov(r8, qword_ptr(rdi)).unwrap();
+            a.mov(rax, (TABLES + 5) | 1 << 63).unwrap();
+            a.mov(cr3, rax).unwrap();
+            a.mov(rax, Machine::pte(DATA)).unwrap();
+            a.mov(rdx, DATA + 0x1000 + 7).unwrap();
+            a.mov(qword_ptr(rax), rdx).unwrap();
+            invalidate(a);
+            a.mov(rax, TABLES | 1 << 63).unwrap();
+            a.mov(cr3, rax).unwrap();
+            a.mov(r9, qword_ptr(rdi)).unwrap();
+            a.hlt().unwrap();
+        });
+        assert_eq!((m.reg(8), m.reg(9)), (1, expected), "way {number}");
+    }
+}
+
+fn invpcid(a: &mut CodeAssembler, kind: u32) {
+    a.mov(eax, kind).unwrap();
+    a.invpcid(rax, xmmword_ptr(rbx)).unwrap();
+}

@@ -2,6 +2,7 @@
 
 use iced_x86::code_asm::*;
 use softtdx_silicon::cpu::{event, VmError};
+use softtdx_silicon::mem::Agent;
 
 use crate::machine::*;
 
@@ -493,4 +494,38 @@ fn the_escape_instruction_stops_only_where_it_is_allowed() {
         m.cpu.resume(),
         Ok(softtdx_silicon::cpu::Outcome::Exit(exit::HLT))
     );
+}
+
+#[test]
+fn a_guest_that_stands_still_is_read_through_what_its_tables_are_now() {
+    let mut m = Machine::new();
+    m.w64(DATA, 1);
+    m.w64(DATA + 0x1000, 2);
+    m.cpu.set_allow_escape(true);
+    // Walks of the running guest leave pointers to its tables behind.
+    let reason = m.run(|a| {
+        a.mov(rax, DATA).unwrap();
+        a.mov(rax, qword_ptr(rax)).unwrap();
+        a.db(&[0x0f, 0xb9, 0x05, 0x07, 0x58, 0x44, 0x54]).unwrap();
+        a.hlt().unwrap();
+    });
+    assert_eq!(reason, 0x1_0007);
+    // The host writes the page table over with another key: what the guest's own key finds there is noise.
+    let keyid = 1u64 << KEYID_SHIFT;
+    m.mem
+        .set_key(1, Some(([1; 16], [2; 16])), Agent::SEAM)
+        .unwrap();
+    let table = Machine::pte(0);
+    for index in 0..512 {
+        m.mem
+            .wr64(
+                (table + index * 8) | keyid,
+                (DATA + 0x1000) | 7,
+                Agent::SEAM,
+            )
+            .unwrap();
+    }
+    let mut found = [0; 8];
+    let read = m.cpu.guest_read(DATA, &mut found);
+    assert!(read.is_err() || u64::from_le_bytes(found) != 2);
 }

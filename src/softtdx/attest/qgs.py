@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import logging
 import socket
-import socketserver
-import threading
 from enum import IntEnum
-from pathlib import Path
 
 from softtdx.abi.wire import Wire, uint
 from softtdx.attest.errors import MalformedError, ServiceUnavailableError
 from softtdx.attest.quoting import QuotingEnclave
+from softtdx.attest.sockets import TIMEOUT, Address, StreamListener, connect, parse_address, read_exactly
 from softtdx.errors import SoftTdxError
 
 __all__ = ["MESSAGE_HEADER_SIZE", "QgsClient", "QgsError", "QgsListener", "QgsServer", "QgsType", "parse_address"]
@@ -26,8 +24,6 @@ MAJOR = 1
 NEWEST_MINOR = 1
 MAX_MESSAGE = 1 << 16
 LENGTH_PREFIX = 4
-TIMEOUT = 30.0
-MAX_CLIENTS = 256
 DEFAULT_PORT = 4050
 COLLATERAL_VERSION = (3, 1)
 """Of tdx_ql_qve_collateral_t: CRLs are in DER, texts end in NUL."""
@@ -172,148 +168,22 @@ def _text(value: str) -> bytes:
     return value.encode() + b"\0"
 
 
-Address = Path | tuple[str, int]
-
-
-def parse_address(text: str) -> Address:
-    """`unix:PATH`, a path with a slash, `tcp:HOST:PORT`, `HOST:PORT` or `PORT` (on loopback)."""
-    if text.startswith("unix:"):
-        return Path(text.removeprefix("unix:"))
-    rest = text.removeprefix("tcp:")
-    if "/" in rest:
-        return Path(rest)
-    host, _, port = rest.rpartition(":")
-    if not port.isdecimal() or int(port) > 0xFFFF:
-        raise MalformedError(f"{text!r} is no address; write unix:PATH, or HOST:PORT")
-    return (host.strip("[]") or "127.0.0.1", int(port))
-
-
-def _read_exactly(stream: socket.socket, size: int) -> bytes:
-    data = b""
-    while len(data) < size:
-        chunk = stream.recv(size - len(data))
-        if not chunk:
-            raise EOFError
-        data += chunk
-    return data
-
-
-class _Handler(socketserver.BaseRequestHandler):
-    """One client: requests until it hangs up, says something unreadable, or falls silent."""
-
-    def handle(self) -> None:
-        stream: socket.socket = self.request
-        server = self.server
-        assert isinstance(server, _Server)
-        stream.settimeout(server.timeout_s)
-        try:
-            while True:
-                size = int.from_bytes(_read_exactly(stream, LENGTH_PREFIX), "big")
-                if not MessageHeader.SIZE <= size <= MAX_MESSAGE:
-                    log.warning("a client announced a message of %d bytes", size)
-                    return
-                answer = server.qgs.answer(_read_exactly(stream, size))
-                stream.sendall(len(answer).to_bytes(LENGTH_PREFIX, "big") + answer)
-        except (OSError, EOFError):
-            return
-
-
-class _Server(socketserver.ThreadingMixIn):
-    """What the Unix and the TCP server share: a thread a client, and a bound on their number."""
-
-    daemon_threads = True
-    block_on_close = False
-    qgs: QgsServer
-    timeout_s: float
-    _slots: threading.BoundedSemaphore
-
-    def process_request(self, request: socket.socket | tuple[bytes, socket.socket], client_address: object) -> None:
-        if not self._slots.acquire(blocking=False):
-            self.shutdown_request(request)  # type: ignore[attr-defined]  # of the server it is mixed into
-            return
-        super().process_request(request, client_address)
-
-    def process_request_thread(
-        self, request: socket.socket | tuple[bytes, socket.socket], client_address: object
-    ) -> None:
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._slots.release()
-
-
-class _TcpServer(_Server, socketserver.TCPServer):
-    allow_reuse_address = True
-    request_queue_size = 128
-
-
-class _UnixServer(_Server, socketserver.UnixStreamServer):
-    request_queue_size = 128
-
-
-class QgsListener:
+class QgsListener(StreamListener):
     """A QGS on a Unix socket or a TCP port; `start` serves in a thread, `serve_forever` in this one."""
 
     def __init__(self, enclave: QuotingEnclave, address: Address, *, timeout_s: float = TIMEOUT) -> None:
-        self._path = address if isinstance(address, Path) else None
-        try:
-            if isinstance(address, Path):
-                _remove_stale(address)
-                self._server: _TcpServer | _UnixServer = _UnixServer(str(address), _Handler)
-            else:
-                self._server = _TcpServer(address, _Handler)
-        except (OSError, OverflowError) as error:
-            raise ServiceUnavailableError(f"the quoting service cannot listen on {address}: {error}") from None
-        self._server.qgs = QgsServer(enclave)
-        self._server.timeout_s = timeout_s
-        self._server._slots = threading.BoundedSemaphore(MAX_CLIENTS)
-        self._thread: threading.Thread | None = None
+        self._qgs = QgsServer(enclave)
+        super().__init__("quoting service", self._serve, address, timeout_s=timeout_s)
 
-    @property
-    def address(self) -> Address:
-        """Where it listens; the port is the one the system chose if 0 was asked for."""
-        if self._path is not None:
-            return self._path
-        host, port, *_ = self._server.socket.getsockname()
-        return str(host), int(port)
-
-    def serve_forever(self) -> None:
-        """Serve until `close` from another thread, or an exception in this one."""
-        self._server.serve_forever(poll_interval=0.1)
-
-    def start(self) -> QgsListener:
-        """Serve in a thread of its own."""
-        self._thread = threading.Thread(target=self.serve_forever, name="softtdx-qgs", daemon=True)
-        self._thread.start()
-        return self
-
-    def close(self) -> None:
-        """Stop serving and remove the socket."""
-        if self._thread is not None:
-            self._server.shutdown()
-            self._thread.join()
-        self._server.server_close()
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)
-
-    def __enter__(self) -> QgsListener:
-        return self.start()
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def _remove_stale(path: Path) -> None:
-    """Remove the socket of a service that is gone; one that answers is left alone."""
-    if not path.is_socket():
-        return
-    with socket.socket(socket.AF_UNIX) as probe:
-        try:
-            probe.connect(str(path))
-        except ConnectionRefusedError:
-            path.unlink()
-        except OSError:
-            return
+    def _serve(self, stream: socket.socket) -> None:
+        """One client: requests until it hangs up, says something unreadable, or falls silent."""
+        while True:
+            size = int.from_bytes(read_exactly(stream, LENGTH_PREFIX), "big")
+            if not MessageHeader.SIZE <= size <= MAX_MESSAGE:
+                log.warning("a client announced a message of %d bytes", size)
+                return
+            answer = self._qgs.answer(read_exactly(stream, size))
+            stream.sendall(len(answer).to_bytes(LENGTH_PREFIX, "big") + answer)
 
 
 class QgsClient:
@@ -326,12 +196,12 @@ class QgsClient:
     def request(self, data: bytes) -> bytes:
         """Send a message, return the response's payload; raises `ServiceUnavailableError` or `MalformedError`."""
         try:
-            with self._connect() as stream:
+            with connect(self.address, self.timeout_s) as stream:
                 stream.sendall(len(data).to_bytes(LENGTH_PREFIX, "big") + data)
-                size = int.from_bytes(_read_exactly(stream, LENGTH_PREFIX), "big")
+                size = int.from_bytes(read_exactly(stream, LENGTH_PREFIX), "big")
                 if not MessageHeader.SIZE <= size <= MAX_MESSAGE:
                     raise MalformedError(f"the quoting service announced a message of {size} bytes")
-                answer = _read_exactly(stream, size)
+                answer = read_exactly(stream, size)
         except (OSError, EOFError) as error:
             reason = str(error) or "it hung up"
             raise ServiceUnavailableError(f"no answer from the quoting service at {self.address}: {reason}") from None
@@ -343,18 +213,6 @@ class QgsClient:
             name = known.get(header.error_code, "unknown")
             raise MalformedError(f"the quoting service refused: error {header.error_code:#x} ({name})")
         return answer[MessageHeader.SIZE :]
-
-    def _connect(self) -> socket.socket:
-        if not isinstance(self.address, Path):
-            return socket.create_connection(self.address, self.timeout_s)
-        stream = socket.socket(socket.AF_UNIX)
-        stream.settimeout(self.timeout_s)
-        try:
-            stream.connect(str(self.address))
-        except OSError:
-            stream.close()
-            raise
-        return stream
 
     def quote(self, tdreport: bytes) -> bytes:
         """A quote of the TDREPORT."""

@@ -291,7 +291,7 @@ fn cmpxchg_pair<const BYTES: usize>(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
                 cpu.modify_locked::<u64>(at, |_, old| if old == expected { new } else { old })?,
             )
         } else {
-            cpu.cas_slow(at, 16, expected, new)?
+            cpu.cas_16_bytes(at, expected, new)?
         };
         let flags = cpu.cc.all() & !ZF;
         if found == expected {

@@ -7,7 +7,7 @@ use iced_x86::{Instruction, Mnemonic, OpKind};
 
 use crate::by_size;
 use crate::cpu::decode::{gpr, immediate, operand_size};
-use crate::cpu::flags::{Kind, Lazy, CF, OF};
+use crate::cpu::flags::{Kind, AF, CF, OF};
 use crate::cpu::int::{lazy, Int};
 use crate::cpu::state::{Cpu, RCX};
 use crate::cpu::uop::{step, Flow, Handler, Ip, Uop};
@@ -107,7 +107,14 @@ fn rotate_left<T: Int>(value: u64, by: u32) -> T {
 
 /// Rotates change CF and OF only.
 fn set_carry_overflow(cpu: &mut Cpu, carry: u64, over: u64) {
-    cpu.cc = Lazy::bits(cpu.cc.all() & !(CF | OF) | (carry * CF) | (over * OF));
+    let cc = &mut cpu.cc;
+    let new = (carry * CF) | (over * OF);
+    if cc.kind == Kind::Bits {
+        cc.src = cc.src & !(CF | OF) | new;
+    } else {
+        cc.src = new | if cc.af() { AF } else { 0 };
+        cc.kind = Kind::Part;
+    }
 }
 
 /// The count is CL if `op` is 1, else `imm`.

@@ -147,6 +147,8 @@ pub(super) fn invpcid(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
         }
         if kind == 0 {
             cpu.flush_page(linear);
+        } else if kind == 1 && pcids && pcid as u16 != cpu.cr3 as u16 & 0xfff {
+            cpu.forget_pcid(pcid as u16);
         } else {
             cpu.flush_tlb();
         }
