@@ -100,6 +100,8 @@ def run_campaign(
         if progress is not None:
             progress(state)
 
+    if not left:
+        return state
     with engine or LocalEngine() as where:
         lost = where.round(left, worker, finished)
         for _ in range(where.tries - 1):  # whose worker died, or that waited when another's did: alone now

@@ -119,7 +119,7 @@ class RayEngine:
             _at_least_one(workers)
         self._workers = workers
         self._address = address
-        self._ray = _import_ray()
+        self._ray = _import_ray(address)
 
     def __enter__(self) -> "RayEngine":
         """Join the cluster, or start one. CampaignError when there is none at the address."""
@@ -134,8 +134,8 @@ class RayEngine:
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             where = f"at {self._address!r}" if self._address else "on this machine"
             raise CampaignError(
-                f"no Ray cluster {where} can be used: {error}; start one with `ray start --head`, give its address "
-                "with --ray-address, or use --engine local"
+                f"no Ray cluster {where} can be used: {error}; start one with `ray start --head` (on loopback with "
+                f"--node-ip-address {_LOOPBACK}), give its address with --ray-address, or use --engine local"
             ) from error
         return self
 
@@ -181,16 +181,17 @@ def _at_least_one(workers: int) -> None:
         raise CampaignError(f"{workers} workers; a campaign needs at least one")
 
 
-def _import_ray() -> Any:
+def _import_ray(address: str | None) -> Any:
     """Ray, with everything that talks to others turned off before it can begin to."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    os.environ.setdefault("RAY_DISABLE_IMPORT_WARNING", "1")
     os.environ.setdefault("RAY_enable_metrics_collection", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if address is None or address.partition(":")[0] in ("localhost", _LOOPBACK):
+        # On Linux Ray takes 127.0.0.1 for the address by which others reach this machine, unless it is told that it
+        # makes no clusters of machines, as it is on other systems.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     try:
         import ray
     except ImportError as error:
-        raise CampaignError(
-            "Ray is not installed: pip install 'softtdx[ray]', or use --engine local"
-        ) from error
+        raise CampaignError("Ray is not installed: pip install 'softtdx[ray]', or use --engine local") from error
     return ray

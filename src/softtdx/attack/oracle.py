@@ -14,12 +14,12 @@ from typing import Final, cast
 from softtdx.abi import sept
 from softtdx.abi.opstate import LifecycleState, OpState
 from softtdx.abi.sept import L2SeptState, SeptState
-from softtdx.abi.structs import Attributes
+from softtdx.abi.structs import Attributes, PageType
 from softtdx.hw import Platform
 from softtdx.hw.faults import BusFault, MachineCheck
 from softtdx.module import tdcs, tdr
 from softtdx.module.locks import HOST_PRIORITY
-from softtdx.module.pamt import ENTRY_SIZE, PageType, node_page, owner_of
+from softtdx.module.pamt import ENTRY_SIZE, node_page, owner_of
 from softtdx.module.state import GlobalState, HkidState, PamtBlock, SysState
 
 __all__ = ["BrokenInvariantError", "Entries", "Oracle", "TdView"]
@@ -310,7 +310,9 @@ class Oracle:
         if before.op_state is None or view.op_state is None:
             return
         if view.op_state < before.op_state <= OpState.RUNNABLE or view.epoch < before.epoch:
-            raise BrokenInvariantError(f"the TD at {view.pa:#x} went back from {before.op_state!r} to {view.op_state!r}")
+            raise BrokenInvariantError(
+                f"the TD at {view.pa:#x} went back from {before.op_state!r} to {view.op_state!r}"
+            )
         if before.op_state is OpState.RUNNABLE and view.identity != before.identity:
             raise BrokenInvariantError(f"attributes or measurements of the TD at {view.pa:#x} changed")
 
@@ -325,16 +327,19 @@ class Oracle:
     def fingerprint(self, ranges: Sequence[int]) -> list[bytes]:
         """PAMT, TDRs, TDCSs and S-EPTs: what a refused call must not change.
 
-        Left out are host-priority marks of S-EPT entries, which a refused call may leave, and what lies in a TDCS before
-        TDH.MNG.INIT has succeeded: a refused one may have begun to fill it.
+        Left out is what a refused call may do: leave a host-priority mark in an S-EPT entry, bind a vCPU to the
+        processor (which counts NUM_ASSOC_VCPUS), begin to fill a TDCS that TDH.MNG.INIT has not initialised yet.
         """
         g = self.state
-        found = [raw for base in ranges if base >> 30 in g.blocks for _, _, raw in self._levels(g.blocks[base >> 30], base)]
+        found = [
+            raw for base in ranges if base >> 30 in g.blocks for _, _, raw in self._levels(g.blocks[base >> 30], base)
+        ]
         for pa, (_, kind, _) in self.owned(ranges).items():
             if kind == PageType.TDR:
                 found.append(self._read(pa, _PAGE, g.hkid))
                 view = self.td(pa)
                 if view.op_state is not None and view.op_state is not OpState.UNINITIALIZED:
-                    found += [self._read(page, _PAGE, view.hkid) for page in view.tdcx[: tdcs.SEPT_ROOT >> 12]]
+                    found.append(self._read(view.tdcx[0] + tdcs.OP_STATE, _PAGE - tdcs.OP_STATE, view.hkid))
+                    found += [self._read(page, _PAGE, view.hkid) for page in view.tdcx[1 : tdcs.SEPT_ROOT >> 12]]
                     found.append(repr(sorted(view.entries.items())).encode())
         return found

@@ -6,13 +6,14 @@ a leaf's operands are read from the description of the leaf.
 
 import random
 import re
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Final, NamedTuple
 
 from softtdx.abi.leaves import SeamcallLeaf, TdcallLeaf, leaf_infos
 
-__all__ = ["Call", "Recipe", "change", "fresh", "kinds_of", "resolve", "sequence"]
+__all__ = ["Call", "Operands", "Recipe", "change", "fresh", "kinds_of", "resolve", "sequence"]
 
 Leaf = SeamcallLeaf | TdcallLeaf
 
@@ -26,13 +27,14 @@ _KINDS: Final = (  # the first that occurs in what the description says of a reg
 _ALL_KINDS: Final = ("page", "large", "tdr", "tdvpr", "used", "info", "gpa", "field", "hkid", "tdmr", "edge", "edge")
 _VERSIONS: Final = (*[0] * 12, 1, 1, 2)
 _NO_FLIP: Final = -1
+_KEPT, _REUSED = 64, 0.3
 
 
 class Recipe(NamedTuple):
-    """A number: the `index`-th of `kind` on the machine at hand, or `index` itself for "number", one bit flipped."""
+    """A number: the `which`-th of `kind` on the machine at hand, or `which` itself for "number", one bit flipped."""
 
     kind: str
-    index: int
+    which: int
     flip: int = _NO_FLIP
 
 
@@ -91,6 +93,29 @@ def fresh(rng: random.Random, leaf: Leaf) -> Call:
     return Call(int(leaf), rng.choice(_VERSIONS), tuple(operands), rng.randrange(2), rax)
 
 
+class Operands:
+    """Recipes of calls that led somewhere new, by kind: what they named is worth naming again."""
+
+    def __init__(self, rng: random.Random) -> None:
+        """None yet."""
+        self._rng = rng
+        self._known: dict[str, deque[Recipe]] = {}
+
+    def add(self, call: Call, kinds: dict[str, str]) -> None:
+        """Take those of a call."""
+        for name, recipe in call.operands:
+            if name in kinds:
+                self._known.setdefault(kinds[name], deque(maxlen=_KEPT)).append(recipe)
+
+    def mixed_in(self, call: Call, kinds: dict[str, str]) -> Call:
+        """The call with some of its operands replaced by known ones of their kinds."""
+        rng, operands = self._rng, []
+        for name, recipe in call.operands:
+            known = self._known.get(kinds.get(name, ""))
+            operands.append((name, rng.choice(known) if known and rng.random() < _REUSED else recipe))
+        return replace(call, operands=tuple(operands))
+
+
 def change(rng: random.Random, call: Call, kinds: dict[str, str]) -> Call:
     """The same call with another register, version or processor."""
     roll = rng.randrange(8)
@@ -101,18 +126,18 @@ def change(rng: random.Random, call: Call, kinds: dict[str, str]) -> Call:
     at = rng.randrange(len(call.operands))
     name, old = call.operands[at]
     kind = kinds.get(name, "edge")
-    new = old._replace(index=rng.randrange(1 << 12)) if rng.randrange(2) else _recipe(rng, kind)
+    new = old._replace(which=rng.randrange(1 << 12)) if rng.randrange(2) else _recipe(rng, kind)
     return Call(call.leaf, call.version, (*call.operands[:at], (name, new), *call.operands[at + 1 :]), call.lp)
 
 
 def resolve(recipe: Recipe, numbers: dict[str, list[int]]) -> int:
     """The number itself."""
-    kind, index, flip = recipe
+    kind, which, flip = recipe
     if kind == "number":
-        value = index
+        value = which
     else:
         known = numbers[kind]
-        value = known[index % len(known)]
+        value = known[which % len(known)]
     return value ^ 1 << flip if flip >= 0 else value
 
 

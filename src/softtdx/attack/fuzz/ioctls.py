@@ -119,8 +119,8 @@ class _Caller:
         if request == KvmIoctl.PRE_FAULT_MEMORY:
             return struct.pack("<3Q", good(0), good(_PAGE), rng.choice((0, 0, 1))).ljust(size, b"\0")[:size]
         if request == KvmIoctl.ENABLE_CAP:
-            words = int(rng.choice(list(KvmCap))) | rng.choice((0, 0, 1)) << 32, self.number(), self.number()
-            return struct.pack("<3Q", *words).ljust(size, b"\0")[:size]
+            capability = int(rng.choice(list(KvmCap))) | rng.choice((0, 0, 1)) << 32
+            return struct.pack("<3Q", capability, self.number(), self.number()).ljust(size, b"\0")[:size]
         if request == KvmIoctl.MEMORY_ENCRYPT_OP:
             return self._tdx_command().ljust(size, b"\0")
         return rng.choice((bytes(size), rng.randbytes(size), struct.pack("<Q", self.number()) * (size // 8 + 1)))[:size]

@@ -1,4 +1,4 @@
-"""Machine code given to the interpreter: an ordinary VM in 64-bit, 32-bit and 16-bit mode, random and nearly valid code.
+"""Machine code given to the interpreter: a VM in 64-bit, 32-bit and 16-bit mode, random and nearly valid code.
 
 Exceptions are not the end: every gate of the IDT leads somewhere into the code. Where a guest cannot go on it starts
 anew with other registers. What counts are instructions that retired.
@@ -58,7 +58,11 @@ def _structured(rng: random.Random) -> bytes:
     if form == 1:  # VEX, three bytes
         return bytes([0xC4, rng.randrange(8) << 5 | rng.randint(1, 3), rng.randrange(256)]) + op + tail
     if form == 2:  # EVEX
-        return bytes([0x62, rng.randrange(16) << 4 | rng.randint(1, 6), rng.randrange(256) | 4, rng.randrange(256)]) + op + tail
+        return (
+            bytes([0x62, rng.randrange(16) << 4 | rng.randint(1, 6), rng.randrange(256) | 4, rng.randrange(256)])
+            + op
+            + tail
+        )
     rex = bytes([0x40 | rng.randrange(16)]) if rng.randrange(2) else b""
     return rng.choice(_PREFIXES) + rex + rng.choice(_MAPS) + op + tail
 

@@ -7,6 +7,7 @@ in an order that the seed decides.
 
 import random
 from collections.abc import Iterator
+from functools import partial
 from typing import Final
 
 from softtdx._silicon import Core
@@ -15,7 +16,7 @@ from softtdx.abi.exits import ExitReason
 from softtdx.abi.ghci import VmcallLeaf
 from softtdx.abi.leaves import SeamcallLeaf, TdcallLeaf, rax_for
 from softtdx.abi.status import status_of
-from softtdx.attack.fuzz.calls import Call, Recipe, change, fresh, kinds_of, resolve, sequence
+from softtdx.attack.fuzz.calls import Call, Operands, Recipe, change, fresh, kinds_of, resolve, sequence
 from softtdx.attack.fuzz.core import EDGES
 from softtdx.attack.fuzz.feedback import Corpus
 from softtdx.attack.fuzz.world import PAGE_MASK, Stage, World
@@ -40,7 +41,23 @@ _LEAF = 0xFFFF
 _INTERRUPT_INFO = 0x8000_0020
 _LONG_MODE_CODE, _EFER_LONG_MODE = 0xA09B, 0x500
 _INSTRUCTION = {ExitReason.TDCALL: 4, ExitReason.CPUID: 2, ExitReason.RDMSR: 2, ExitReason.WRMSR: 2, ExitReason.HLT: 1}
-_MSRS = (0x10, 0x1B, 0x3A, 0x10A, 0x174, 0x1A0, 0x277, 0x6E0, 0x800, 0x830, 0xDA0, 0x560, 0x38F, 0xC000_0080, 0x4000_0000)
+_MSRS = (
+    0x10,
+    0x1B,
+    0x3A,
+    0x10A,
+    0x174,
+    0x1A0,
+    0x277,
+    0x6E0,
+    0x800,
+    0x830,
+    0xDA0,
+    0x560,
+    0x38F,
+    0xC000_0080,
+    0x4000_0000,
+)
 _CPUID_LEAVES = (0, 1, 2, 4, 7, 0xA, 0xB, 0xD, 0x14, 0x1D, 0x21, 0x24, 0x4000_0000, 0x8000_0000, 0x8000_0008)
 _MASKS = (0xFC00, 0xFC00, 0xFC00, 0xFFEC, 0, 4, 1 << 32)
 
@@ -107,6 +124,7 @@ class Walls:
         self.host_calls = self.guest_calls = 0
         self._host_leaves = [SeamcallLeaf(n) for n in sorted(HOST_LEAVES)]
         self._guest_leaves = [leaf for leaf in TdcallLeaf if leaf is not TdcallLeaf.VP_VMCALL]
+        self._operands = Operands(rng)
         self.host = Corpus(rng, self._fresh_host, self._change_host, _scripts())
         self.guest = Corpus(rng, self._fresh_guest, self._change_guest)
         self.world: World
@@ -125,7 +143,7 @@ class Walls:
         self.host.forget_past()
         self.guest.forget_past()
         for lp in self.world.lps:
-            lp.guest_engine = lambda core, launch, lp=lp: self._exit(lp, core)
+            lp.guest_engine = partial(self._exit, lp)
 
     def step(self) -> None:
         """One call of the host, which may be the visit of a vCPU with many calls."""
@@ -146,11 +164,10 @@ class Walls:
         rare = leaf in (_L.MNG_VPFLUSHDONE, _L.MNG_KEY_FREEID, _L.SYS_SHUTDOWN, _L.SYS_LP_SHUTDOWN)
         if rare and self.world.stage is Stage.POPULATED and rng.randrange(24):
             leaf = rng.choice((_L.MEM_RANGE_BLOCK, _L.MEM_TRACK, _L.MEM_PAGE_AUG, _L.MEM_SEPT_ADD, _L.MEM_PAGE_REMOVE))
-        return fresh(rng, leaf)
+        return self._operands.mixed_in(fresh(rng, leaf), kinds_of(leaf))
 
     def _change_host(self, call: Call) -> Call:
-        kinds = kinds_of(SeamcallLeaf(call.leaf)) if call.leaf in HOST_LEAVES else {}
-        return change(self.rng, call, kinds)
+        return change(self.rng, call, kinds_of(SeamcallLeaf(call.leaf)))
 
     def _host(self, call: Call, lp: LogicalProcessor | None = None) -> None:
         lp = lp or self.world.lps[call.lp % 2]
@@ -223,11 +240,14 @@ class Walls:
             world.note(call.leaf, given)
         world.check_registers(regs)
         detail = rax & 0xFFFF if rax & _ERROR else 0
-        self.host.learn(call, (call.leaf, call.version, rax >> _STATUS_SHIFT, detail, state))
+        signal = (call.leaf, call.version, rax >> _STATUS_SHIFT, detail, state)
+        if call.leaf != _VP_ENTER and call.rax is None and self.host.learn(call, signal, good=not rax):
+            self._operands.add(call, kinds_of(SeamcallLeaf(call.leaf)))
 
     # --- a vCPU
-    def _exit(self, lp: LogicalProcessor, core: Core) -> int:
+    def _exit(self, lp: LogicalProcessor, core: Core, launch: bool) -> int:
         """The processor in non-root mode: what came back from the last exit, and the next one."""
+        del launch
         core.vmwrite(vmcs.ENTRY_INTERRUPTION_INFO, core.vmread(vmcs.ENTRY_INTERRUPTION_INFO) & ~(1 << 31))  # delivered
         rng = self.rng
         asked = self._asked.pop(lp.index, None)
@@ -316,7 +336,8 @@ class Walls:
         rax = core.gpr(0)
         if rax != asked and asked & _LEAF:
             _known(rax)
-            self.guest.learn(call, (call.leaf, call.version, rax >> _STATUS_SHIFT, rax & 0xFFFF if rax & _ERROR else 0))
+            signal = (call.leaf, call.version, rax >> _STATUS_SHIFT, rax & 0xFFFF if rax & _ERROR else 0)
+            self.guest.learn(call, signal, good=not rax)
 
 
 def _difference(before: bytes, after: bytes) -> str:
