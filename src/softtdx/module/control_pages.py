@@ -13,11 +13,15 @@ PAGE: Final = 0xFFF
 class ControlPages:
     """Accessors by offset; offset bits 63:12 choose one of `pages`, the bus addresses with the KeyID in them."""
 
-    __slots__ = ("_cpu", "call", "pages")
+    __slots__ = ("_cpu", "call")
 
     _cpu: SeamCpu
     call: Call
-    pages: Sequence[int]
+
+    @property
+    def pages(self) -> Sequence[int]:
+        """Every page of the structure, in order."""
+        raise NotImplementedError
 
     def address(self, at: int) -> int:
         """The bus address of an offset. LookupError beyond the pages that there are."""

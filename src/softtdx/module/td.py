@@ -31,6 +31,10 @@ ANY_STATE: Final = (1 << len(OpState)) - 1
 # FATAL, NUM_TDCX, CHLDCNT, LIFECYCLE_STATE, nine TDCX_PA, [TD_UUID and reserved], HKID, PKG_CONFIG_BITMAP
 _HEAD: Final = struct.Struct("<B3xIQI4x9Q160xH6xQ")
 assert _HEAD.size == tdr.HEAD_SIZE
+_unpack_head: Final = _HEAD.unpack
+HEAD_SIZE: Final = tdr.HEAD_SIZE
+TDCX_PAGES: Final = slice(4, 13)  # of the fields of _HEAD
+ROOT_PAGE: Final = 4 + (tdcs.SEPT_ROOT >> 12)
 
 
 class LockId(IntEnum):
@@ -51,12 +55,12 @@ _OP_STATE_LOCK: Final = int(LockId.OP_STATE)
 class Td(ControlPages):
     """A TD whose TDR is locked: values of its TDR as read under the lock, and accessors of its TDCS.
 
-    `tdr` is the TDR's bus address (global KeyID), `key_bits` the TD's KeyID in address position, `pages` the bus
-    addresses of its TDCS pages. TDCS offsets are those of `module.tdcs`.
+    `tdr` is the TDR's bus address (global KeyID), `key_bits` the TD's KeyID in address position, `p0` the bus address
+    of its first TDCS page. TDCS offsets are those of `module.tdcs`.
     """
 
     __slots__ = (
-        "fatal", "hkid", "key_bits", "lifecycle", "num_tdcx", "op_state", "p0", "pa", "packages_keyed", "pamt", "tdr",
+        "_head", "_pages", "fatal", "hkid", "key_bits", "lifecycle", "num_tdcx", "op_state", "p0", "pa", "pamt", "tdr",
     )  # fmt: skip
 
     def __init__(self, call: Call, pa: int, page: PamtPage) -> None:
@@ -68,16 +72,36 @@ class Td(ControlPages):
         self.pa = pa
         self.pamt = page
         self.tdr = base = pa | g.global_key_bits
-        (
-            self.fatal, self.num_tdcx, _, self.lifecycle, p0, p1, p2, p3, p4, p5, *more, self.hkid, self.packages_keyed,
-        ) = _HEAD.unpack(cpu.read(base, tdr.HEAD_SIZE))  # fmt: skip
+        head = _unpack_head(cpu.read(base, HEAD_SIZE))
+        self.fatal, self.num_tdcx, _, self.lifecycle, p0 = head[:5]
+        self.hkid: int = head[-2]
         key: int = self.hkid << g.hkid_shift
         self.key_bits = key
-        self.pages = [p0 | key, p1 | key, p2 | key, p3 | key, p4 | key, p5 | key]
-        if self.num_tdcx != tdcs.PAGES_BASE:
-            self.pages = [*self.pages, *(page | key for page in more)][: self.num_tdcx]
+        self._head = head
+        self._pages: list[int] | None = None
         self.p0 = p0 | key if self.num_tdcx else 0
         self.op_state = -1  # read by check_op_state
+
+    @property
+    def pages(self) -> list[int]:
+        """The bus addresses of the TDCS pages that the TD has."""
+        pages = self._pages
+        if pages is None:
+            key = self.key_bits
+            pages = self._pages = [page | key for page in self._head[TDCX_PAGES][: self.num_tdcx]]
+        return pages
+
+    @property
+    def packages_keyed(self) -> int:
+        """PKG_CONFIG_BITMAP: the packages on which the TD's key is configured."""
+        bitmap: int = self._head[-1]
+        return bitmap
+
+    @property
+    def sept_root(self) -> int:
+        """The bus address of the TDCS page that is the root of the secure EPT; for a TD that has its TDCS."""
+        root: int = self._head[ROOT_PAGE]
+        return root | self.key_bits
 
     # --- what leaves do to every TD
     def add_children(self, count: int) -> None:

@@ -5,6 +5,7 @@ translations; TDH.VP.FLUSH takes it off (TDX Module Base Spec, "TD VCPU Associat
 """
 
 import struct
+from collections.abc import Sequence
 from typing import Final
 
 from softtdx.abi.opstate import VcpuState
@@ -15,6 +16,7 @@ from ..atomics import add16, add32
 from ..context import Call
 from ..control_pages import PAGE, ControlPages
 from ..errors import LeafError
+from ..ids import TD_EPOCH
 from ..locks import HELD, HOST_PRIORITY
 from ..pamt import PageType, PamtPage, lock_page
 from ..td import LockId, Td
@@ -24,6 +26,7 @@ __all__ = ["Vcpu", "flush_td_translations", "lock_tdvpr"]
 READY: Final = int(VcpuState.READY)
 DISABLED: Final = int(VcpuState.DISABLED)
 INVEPT_SINGLE_CONTEXT: Final = 1
+EPOCH_LOCK: Final = int(LockId.EPOCH)
 
 
 def lock_tdvpr(call: Call, pa: int, exclusive: bool, operand: int = Operand.RCX) -> PamtPage:
@@ -48,7 +51,9 @@ class Vcpu(ControlPages):
     `pages` are the bus addresses of its TDVPS pages, TD KeyID included; `p0` is the first, the TDVPR.
     """
 
-    __slots__ = ("p0", "pa", "td", "vmcs")
+    __slots__ = ("p0", "pa", "pages", "td", "vmcs")
+
+    pages: Sequence[int]
 
     def __init__(self, call: Call, td: Td, pa: int) -> None:
         """The vCPU whose TDVPR is at `pa`. LeafError TDCX_NUM_INCORRECT when pages are missing."""
@@ -121,14 +126,18 @@ class Vcpu(ControlPages):
         """
         td = self.td
         locks = td.call.locks
-        key = td.pa | LockId.EPOCH
-        with locks.mutex:
-            held = locks.state.get(key, 0)
+        key = td.pa | EPOCH_LOCK
+        while True:
+            held = locks.words.load(key)
             if held & HELD:
-                locks.state[key] = held | HOST_PRIORITY
-                raise LeafError(Status.OPERAND_BUSY, Operand.TD_EPOCH)
+                if locks.words.cas(key, held, held | HOST_PRIORITY) != held:
+                    continue
+                raise LeafError(Status.OPERAND_BUSY, TD_EPOCH)
             epoch = td.rd64(tdcs.TD_EPOCH)
             add16(self._cpu, td.p0 + tdcs.REFCOUNT + 2 * (epoch & 1), 1)
+            if not locks.words.load(key) & HELD and td.rd64(tdcs.TD_EPOCH) == epoch:
+                break
+            self.leave_epoch(epoch)  # TDH.MEM.TRACK came in between, and may not have seen this vCPU
         if epoch != last:
             if not newly_bound:
                 flush_td_translations(td)
