@@ -10,8 +10,8 @@ import random
 import struct
 from collections.abc import Iterator
 
-from softtdx.abi import kvm as abi
-from softtdx.abi.kvm import KvmCap, KvmIoctl, TdxCommand
+from softtdx.abi.kvm import KVM_X86_DEFAULT_VM, KVM_X86_TDX_VM, KvmCap, KvmIoctl, TdxCommand
+from softtdx.abi.kvm_structs import TdxCmd, TdxInitMemRegion, TdxInitVmHead
 from softtdx.abi.structs import Attributes
 from softtdx.attack.fuzz.core import EDGES
 from softtdx.attack.fuzz.guest import settled
@@ -38,7 +38,7 @@ class _Caller:
         self.process = Process(host)
         self.kvm = self.process.open()
         self.hva = self.process.mm.mmap(_MEMORY)
-        kind = rng.choice((abi.KVM_X86_DEFAULT_VM, abi.KVM_X86_TDX_VM, abi.KVM_X86_TDX_VM))
+        kind = rng.choice((KVM_X86_DEFAULT_VM, KVM_X86_TDX_VM, KVM_X86_TDX_VM))
         self.vm = self.process.ioctl(self.kvm, KvmIoctl.CREATE_VM, kind)
         self.vcpus: list[int] = []
         self.files: list[int] = []
@@ -130,19 +130,19 @@ class _Caller:
         command = rng.choice(_COMMANDS)
         data = self.good(0)
         if command == TdxCommand.INIT_VM:
-            head = abi.TdxInitVmHead()
+            head = TdxInitVmHead()
             head.attributes, head.xfam = self.good(int(Attributes.SEPT_VE_DISABLE)), self.good(3)
             count = rng.choice((0, 0, 0, 1, 300))
             body = bytes(head) + struct.pack("<2I", count, 0) + rng.randbytes(40)
             data = self._put(body)
         elif command == TdxCommand.INIT_MEM_REGION:
-            region = abi.TdxInitMemRegion()
+            region = TdxInitMemRegion()
             region.source_addr, region.gpa = self.good(hva + _PAGE), self.good(0x1_0000)
             region.nr_pages = self.good(rng.randrange(1, 4))
             data = self._put(bytes(region))
         elif command in (TdxCommand.CAPABILITIES, TdxCommand.GET_CPUID):
             data = self._put(rng.choice((bytes(0x2000), b"\0\1" * 64, b"\xff" * 256)))
-        cmd = abi.TdxCmd()
+        cmd = TdxCmd()
         cmd.id, cmd.flags, cmd.data = int(command) & 0xFFFF_FFFF, rng.choice((0, 0, 1, 2)), data
         cmd.hw_error = rng.choice((0, 0, 0, 1))
         return bytes(cmd)
