@@ -24,7 +24,7 @@ class Kvm:
     def __init__(self, host: Host, mm: AddressSpace | None = None) -> None:
         """Open it for a process; by default for a new one."""
         self.host = host
-        self.mm = mm or AddressSpace(host.memory)
+        self.mm = mm or AddressSpace(host.memory, host.mm.swap)
         self.vms: list[Vm] = []
 
     def get_api_version(self) -> int:

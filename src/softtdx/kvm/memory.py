@@ -7,18 +7,20 @@ touched with a shared KeyID until they have been reclaimed, and must be back bef
 
 import errno
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from threading import RLock
 
 from softtdx.hw import Platform
 from softtdx.kvm.errors import KvmError
 
-__all__ = ["PAGE", "PAGE_2M", "HostMemory"]
+__all__ = ["PAGE", "PAGE_1G", "PAGE_2M", "HostMemory"]
 
 PAGE = 4096
 PAGE_2M = 2 << 20
 PAGE_1G = 1 << 30
 _MAX_ORDER = 18  # 1 GiB
+_COSTLY = 8
+_RECLAIM_BATCH = 32  # pages, even if one would do (SWAP_CLUSTER_MAX)
 _LOW_MEMORY = 1 << 20  # left to firmware, as every kernel does
 
 
@@ -30,6 +32,7 @@ class HostMemory:
         self._bus = platform.memory
         self.read = platform.memory.read
         self.write = platform.memory.write
+        self.cas64 = platform.memory.cas64
         self._lock = RLock()
         self._free: list[dict[int, None]] = [{} for _ in range(_MAX_ORDER + 1)]
         self.ranges = [
@@ -42,6 +45,9 @@ class HostMemory:
         self.total_pages = sum(end - start for start, end in self.ranges) // PAGE
         self.free_pages = self.total_pages
         self._tdx_pages: dict[int, str] = {}
+        self._isolated: list[tuple[int, int]] = []
+        self._captured: set[int] = set()
+        self._shrinkers: list[Callable[[int], int]] = []
 
     # --- allocation
     def alloc(
@@ -63,6 +69,35 @@ class HostMemory:
         if zero:
             self.zero(pa, pages)
         return pa
+
+    def alloc_reclaim(
+        self, pages: int = 1, *, align: int = PAGE, zero: bool = False, within: tuple[int, int] | None = None
+    ) -> int:
+        """`alloc`, and where there is nothing free, after reclaim. The caller holds no lock of memory management."""
+        while True:
+            try:
+                return self.alloc(pages, align=align, zero=zero, within=within)
+            except KvmError:
+                # Reclaim frees pages here and there: it does not help who wants many in a row (costly orders).
+                if pages > _COSTLY or not self.reclaim(_RECLAIM_BATCH):
+                    raise
+
+    def register_shrinker(self, shrink: Callable[[int], int]) -> None:
+        """`shrink(pages)` gives back as many pages as it can, up to about `pages`, and returns how many."""
+        self._shrinkers.append(shrink)
+
+    def unregister_shrinker(self, shrink: Callable[[int], int]) -> None:
+        """What had the pages is gone."""
+        self._shrinkers.remove(shrink)
+
+    def reclaim(self, pages: int) -> int:
+        """Direct reclaim: ask whoever can give pages back; returns how many came. No lock may be held."""
+        found = 0
+        for shrink in list(self._shrinkers):
+            found += shrink(pages - found)
+            if found >= pages:
+                break
+        return found
 
     def alloc_at(self, pa: int) -> bool:
         """Allocate this very page. False when it is not free."""
@@ -110,8 +145,49 @@ class HostMemory:
             if not self._tdx_pages.keys().isdisjoint(freed):
                 owned = next(page for page in freed if page in self._tdx_pages)
                 raise RuntimeError(f"page {owned:#x} is freed while TDX owns it ({self._tdx_pages[owned]})")
+            if any(start < pa + pages * PAGE and pa < end for start, end in self._isolated):
+                self._free_isolated(freed)
+                return
             self._add(pa, pa + pages * PAGE)
             self.free_pages += pages
+
+    # --- memory that is to go offline
+    def isolate(self, start: int, end: int) -> None:
+        """Hand out no page of [start, end) any more; those that are freed from now on stay out too."""
+        with self._lock:
+            self._isolated.append((start, end))
+            for order in range(_MAX_ORDER + 1):
+                size = PAGE << order
+                for block in [b for b in self._free[order] if b < end and start < b + size]:
+                    del self._free[order][block]
+                    inside = max(block, start), min(block + size, end)
+                    self._captured.update(range(*inside, PAGE))
+                    self.free_pages -= (inside[1] - inside[0]) // PAGE
+                    self._add(block, inside[0])
+                    self._add(inside[1], block + size)
+
+    def unisolate(self, start: int, end: int) -> None:
+        """The range is used again: its free pages are free pages of the machine."""
+        with self._lock:
+            self._isolated.remove((start, end))
+            back = sorted(page for page in self._captured if start <= page < end)
+            self._captured.difference_update(back)
+            for page in back:
+                self._add(page, page + PAGE)
+            self.free_pages += len(back)
+
+    def in_use(self, start: int, end: int) -> list[int]:
+        """The pages of an isolated range that somebody still has."""
+        with self._lock:
+            return [page for page in range(start, end, PAGE) if page not in self._captured]
+
+    def _free_isolated(self, freed: range) -> None:
+        for page in freed:
+            if any(start <= page < end for start, end in self._isolated):
+                self._captured.add(page)
+            else:
+                self._add(page, page + PAGE)
+                self.free_pages += 1
 
     def _add(self, start: int, end: int) -> None:
         """Put a range into the free lists as the largest aligned blocks, merging buddies."""
@@ -167,8 +243,9 @@ class HostMemory:
 
     def zero(self, pa: int, pages: int = 1) -> None:
         """Clear whole pages: full cache lines, so poison and another key's contents go without being read."""
-        for page in range(pa, pa + pages * PAGE, PAGE):
-            self.write(page, _ZEROES)
+        for at in range(0, pages, _BLOCK_PAGES):
+            self.write(pa + at * PAGE, _ZEROES[: (pages - at) * PAGE])
 
 
-_ZEROES = bytes(PAGE)
+_BLOCK_PAGES = PAGE_2M // PAGE
+_ZEROES = bytes(PAGE_2M)

@@ -96,6 +96,11 @@ class TdxVm(VmOps):
         """GPA bit 47 or 51; 0 before KVM_TDX_INIT_VM."""
         return _SHARED_BIT[self.levels] if self.state is not TdState.UNINITIALIZED else 0
 
+    @property
+    def secure_ept(self) -> SecureEpt | None:
+        """The S-EPT's mirror, between KVM_TDX_INIT_VM and the loss of the KeyID."""
+        return None if self.state is TdState.UNINITIALIZED or self.hkid is None else self.secure
+
     def vcpu_create(self, vcpu: Vcpu) -> VcpuOps:
         """KVM_CREATE_VCPU: EIO before KVM_TDX_INIT_VM, as in the kernel."""
         from softtdx.kvm.tdx_vcpu import TdxVcpu

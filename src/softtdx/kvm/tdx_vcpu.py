@@ -36,6 +36,7 @@ _TSC_FRACTION = 48  # of the TSC multiplier
 _STATE_DETAILS, _PEND_NMI = "VCPU_STATE_DETAILS", "PEND_NMI"
 _VINTR_PENDING = 1  # of VCPU_STATE_DETAILS
 _U64 = (1 << 64) - 1
+_EPT_WRITE = 2  # of an EPT violation's exit qualification
 _REQUESTED_LEVEL = 32  # of an ACCEPT's extended exit qualification: bits 34:32
 
 
@@ -110,11 +111,10 @@ class TdxVcpu(VcpuOps):
         with vm.host.cpus.run(self.vcpu.cpu) as lp:
             for offset in range(0, size, PAGE):
                 gpa = region.gpa + offset
-                with vm.mmu_lock:
+                with vm.mm.pinned(region.source_addr + offset) as source, vm.mmu_lock:
                     slot = vm.memslots.find(gpa)
                     if slot is None or slot.guest_memfd is None:
                         raise KvmError(errno.EINVAL, f"GPA {gpa:#x} has no guest_memfd behind it")
-                    source = vm.mm.get_page(region.source_addr + offset)
                     if td.secure.lookup(gpa) is not None:
                         raise KvmError(errno.EEXIST, f"initial memory at GPA {gpa:#x} was added before")
                     td.secure.add(lp, gpa, slot.guest_memfd.get_page(slot.file_offset(gpa) // PAGE), source)
@@ -259,7 +259,7 @@ class TdxVcpu(VcpuOps):
         kind = extended & 0xF
         if gpa & self.td.shared_bit:
             plain = gpa & ~self.td.shared_bit
-            fault = shared_fault(vcpu, plain)
+            fault = shared_fault(vcpu, plain, write=bool(self.regs.rcx & _EPT_WRITE))
             if fault is Fault.NO_MEMORY:
                 with vcpu.vm.mmu_lock:
                     assert vcpu.vm.ept is not None

@@ -148,15 +148,15 @@ class Vcpu:
                     self._kicked = False
                     self.exit_to_user(KvmExit.INTR)
                     return True
-                if self.tlb_flush_wanted:
-                    self.tlb_flush_wanted = False
-                    if vm.ept is not None:
-                        lp.core.invept(_INVEPT_ALL, 0)
                 entered = False
                 self._in_guest = lp
                 try:
                     if not self._kicked:
                         entered = True
+                        # After `_in_guest` is set: who asks for a flush later waits until the vCPU has left again.
+                        if self.tlb_flush_wanted:
+                            self.tlb_flush_wanted = False
+                            lp.core.invept(_INVEPT_ALL, 0)
                         if self.apic is not None:
                             self.apic.enter(lp)
                         self.ops.run(lp)

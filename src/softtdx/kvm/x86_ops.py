@@ -14,6 +14,7 @@ from softtdx.kvm.errors import KvmError
 from softtdx.kvm.uapi import Regs, Sregs
 
 if TYPE_CHECKING:
+    from softtdx.kvm.mirror import SecureEpt
     from softtdx.kvm.vcpu import Vcpu
     from softtdx.kvm.vm import Vm
 
@@ -53,6 +54,11 @@ class VmOps(ABC):
     def collapse_private(self, base: int) -> bool:
         """Make the 2 MiB from `base` on one large page, if that is possible."""
         raise KvmError(errno.EINVAL, f"this type of VM has no private memory ({base:#x})")
+
+    @property
+    def secure_ept(self) -> "SecureEpt | None":
+        """The mirror of its secure EPT, if it has one."""
+        return None
 
     @abstractmethod
     def release(self) -> None:
