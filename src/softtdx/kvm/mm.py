@@ -160,6 +160,13 @@ class AddressSpace:
         vma = self._vma(hva)
         return vma is not None and hva + length <= vma.end
 
+    def backing(self, hva: int) -> int:
+        """The page size of the mapping at an address: above 4 KiB it is hugetlb. EFAULT when unmapped."""
+        vma = self._vma(hva)
+        if vma is None:
+            raise KvmError(errno.EFAULT, f"user address {hva:#x} is not mapped")
+        return vma.page_size
+
     def close(self) -> None:
         """The process exits: everything is unmapped."""
         for address in list(self._starts):

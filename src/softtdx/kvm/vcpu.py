@@ -33,7 +33,7 @@ class Vcpu:
         self.cpuid: dict[tuple[int, int | None], CpuidEntry] = {}
         self.msrs: dict[int, int] = {}
         self.cpu: int | None = None
-        self.tlb_flush_wanted = False
+        self.tlb_flush_wanted = True  # an EPT before this one may have had its root at the same address
         self.exits = 0
         self.instructions = 0  # that the guest retired
         self._in_guest: LogicalProcessor | None = None
@@ -140,7 +140,9 @@ class Vcpu:
         vm, cpus = self.vm, self.vm.host.cpus
         with cpus.run(self.cpu) as lp, self._counted(lp):
             self.ops.load(lp)
-            self.cpu = lp.index
+            if self.cpu != lp.index:
+                # What this processor cached when the vCPU was here before may be stale (vmx_vcpu_load_vmcs).
+                self.cpu, self.tlb_flush_wanted = lp.index, True
             while True:
                 if vm.dead:
                     raise KvmError(errno.EIO, "the VM is dead")
