@@ -121,7 +121,7 @@ def test_a_tds_table_has_no_accessed_bits_and_watches_by_absence(level):
     assert ept.age(0, PAGE, clear=True)
     assert not ept.age(0, PAGE, clear=True)
     assert ept.find(0) == (BASE, level, True, True)
-    at, entry, _ = ept._walk(1 << 47)
+    _, entry, _ = ept._walk(1 << 47)
     assert (entry & 7, entry >> 63) == (0, 1)  # not present, and #VE suppressed: the access exits
     ept.restore(0)
     assert ept.find(0) == (BASE, level, True, False)

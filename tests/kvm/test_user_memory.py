@@ -1,4 +1,4 @@
-"""What the host does to shared memory and to ordinary VMs' memory behind the guest's back, and the guest never notices."""
+"""What the host does to shared memory, and to ordinary VMs', behind the guest's back: the guest never notices."""
 
 import random
 from contextlib import contextmanager, suppress
@@ -204,9 +204,7 @@ def test_a_memfd_is_shared_between_processes_and_its_holes_reach_the_guest(host,
 @pytest.fixture(scope="module")
 def roomy():
     """A host with aligned gigabytes."""
-    return boot_host(
-        replace(preset("spr"), ram=((0, 6 * GIB),), cmrs=((MIB, 1535 * MIB), (2 * GIB, 4 * GIB)), lps=2)
-    )
+    return boot_host(replace(preset("spr"), ram=((0, 6 * GIB),), cmrs=((MIB, 1535 * MIB), (2 * GIB, 4 * GIB)), lps=2))
 
 
 @pytest.fixture

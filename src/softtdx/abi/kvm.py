@@ -39,6 +39,7 @@ class KvmIoctl(IntEnum):
     CHECK_EXTENSION = _io(0, 0x03, 0)
     GET_SUPPORTED_CPUID = _io(3, 0x05, 8)
     CREATE_VCPU = _io(0, 0x41, 0)
+    GET_DIRTY_LOG = _io(1, 0x42, 16)
     SET_USER_MEMORY_REGION = _io(1, 0x46, 32)
     SET_USER_MEMORY_REGION2 = _io(1, 0x49, 160)
     RUN = _io(0, 0x80, 0)
@@ -59,6 +60,7 @@ class KvmIoctl(IntEnum):
     GET_XCRS = _io(2, 0xA6, 392)
     SET_XCRS = _io(1, 0xA7, 392)
     MEMORY_ENCRYPT_OP = _io(3, 0xBA, 8)
+    CLEAR_DIRTY_LOG = _io(3, 0xC0, 24)
     GET_SREGS2 = _io(2, 0xCC, 320)
     SET_SREGS2 = _io(1, 0xCD, 320)
     GET_XSAVE2 = _io(2, 0xCF, 4096)
@@ -126,6 +128,7 @@ class KvmCap(IntEnum):
     MAX_VCPUS = 66
     X2APIC_API = 129
     SPLIT_IRQCHIP = 121
+    MANUAL_DIRTY_LOG_PROTECT2 = 168
     EXIT_HYPERCALL = 201
     MEMORY_FAULT_INFO = 232
     MEMORY_ATTRIBUTES = 233
@@ -214,6 +217,22 @@ class UserspaceMemoryRegion(Wire, size=32):
     guest_phys_addr = uint(8, 8)
     memory_size = uint(16, 8)
     userspace_addr = uint(24, 8)
+
+
+class DirtyLog(Wire, size=16):
+    """struct kvm_dirty_log: `dirty_bitmap` is a user address."""
+
+    slot = uint(0, 4)
+    dirty_bitmap = uint(8, 8)
+
+
+class ClearDirtyLog(Wire, size=24):
+    """struct kvm_clear_dirty_log."""
+
+    slot = uint(0, 4)
+    num_pages = uint(4, 4)
+    first_page = uint(8, 8)
+    dirty_bitmap = uint(16, 8)
 
 
 class CreateGuestMemfd(Wire, size=64):

@@ -95,7 +95,8 @@ def _logged(vm: "Vm", slot: int) -> "tuple[Memslot, DirtyBitmap]":
 
 def _protect(vm: "Vm", slot: "Memslot", pages: list[int]) -> None:
     """Write-protect pages of a slot, and flush the TLBs once for all."""
-    assert vm.ept is not None
+    if vm.ept is None:
+        return  # a TD before KVM_TDX_INIT_VM
     flush = False
     for page in pages:
         gpa = slot.gpa + page * PAGE

@@ -191,9 +191,23 @@ class Process:
 
     def _enable_cap(self, vm: Vm, request: int, argument: int | bytearray) -> int:
         wanted = abi.EnableCap.parse(self._struct(request, argument), strict=False)
+        if wanted.cap == KvmCap.MANUAL_DIRTY_LOG_PROTECT2 and not wanted.flags:
+            vm.enable_manual_dirty_log(wanted.args[0])
+            return 0
         if wanted.flags or wanted.cap != KvmCap.SPLIT_IRQCHIP:
             raise KvmError(errno.EINVAL, f"KVM_ENABLE_CAP of capability {wanted.cap} with flags {wanted.flags:#x}")
         vm.create_irqchip()
+        return 0
+
+    def _get_dirty_log(self, vm: Vm, request: int, argument: int | bytearray) -> int:
+        wanted = abi.DirtyLog.parse(self._struct(request, argument), strict=False)
+        self.mm.write(wanted.dirty_bitmap, vm.get_dirty_log(wanted.slot))
+        return 0
+
+    def _clear_dirty_log(self, vm: Vm, request: int, argument: int | bytearray) -> int:
+        wanted = abi.ClearDirtyLog.parse(self._struct(request, argument), strict=False)
+        bitmap = self.mm.read(wanted.dirty_bitmap, -(-wanted.num_pages // 8))
+        vm.clear_dirty_log(wanted.slot, wanted.first_page, wanted.num_pages, bitmap)
         return 0
 
     def _signal_msi(self, vm: Vm, request: int, argument: int | bytearray) -> int:
@@ -326,6 +340,8 @@ _VM: Final[dict[int, Callable[[Process, Vm, int, int | bytearray], int]]] = {
     Ioctl.SET_MEMORY_ATTRIBUTES: Process._set_memory_attributes,
     Ioctl.ENABLE_CAP: Process._enable_cap,
     Ioctl.SIGNAL_MSI: Process._signal_msi,
+    Ioctl.GET_DIRTY_LOG: Process._get_dirty_log,
+    Ioctl.CLEAR_DIRTY_LOG: Process._clear_dirty_log,
     Ioctl.MEMORY_ENCRYPT_OP: Process._encrypt_op,
 }
 _VCPU: Final[dict[int, Callable[[Process, Vcpu, int, int | bytearray], int]]] = {

@@ -40,11 +40,11 @@ class Khugepaged:
         return count
 
     def _private(self, vm: "Vm", attempts: int) -> int:
-        secure = vm.ops.secure_ept
-        if secure is None or vm.dead or vm.closed:
-            return 0
         count = 0
         with vm.mmu():
+            secure = vm.ops.secure_ept
+            if secure is None or vm.dead:
+                return 0
             bases = _full_ranges(secure, 0)
         for base in bases[:attempts]:
             try:
@@ -52,7 +52,7 @@ class Khugepaged:
             except KvmError:
                 vm.stats["promotions refused"] += 1
         with vm.mmu(), self._host.cpus.run() as lp:
-            for base in _full_ranges(secure, 1):
+            for base in [] if vm.ops.secure_ept is None else _full_ranges(secure, 1):
                 if not secure.may_promote(base, _LEVEL_1G):
                     continue
                 try:

@@ -3,6 +3,7 @@
 import errno
 
 from softtdx.abi.kvm import KVM_API_VERSION, KVM_X86_DEFAULT_VM, KvmCap
+from softtdx.kvm.dirty_log import DIRTY_LOG_INITIALLY_SET, DIRTY_LOG_MANUAL_PROTECT
 from softtdx.kvm.emulate import host_cpuid
 from softtdx.kvm.errors import KvmError
 from softtdx.kvm.host import Host
@@ -40,6 +41,7 @@ class Kvm:
             KvmCap.VM_TYPES: sum(1 << vm_type for vm_type in types),
             KvmCap.EXIT_HYPERCALL: 1 << 12,
             KvmCap.MEMORY_FAULT_INFO: 1,
+            KvmCap.MANUAL_DIRTY_LOG_PROTECT2: DIRTY_LOG_MANUAL_PROTECT | DIRTY_LOG_INITIALLY_SET,
             KvmCap.MEMORY_ATTRIBUTES: 0,
             KvmCap.GUEST_MEMFD: int(self.host.tdx is not None),
         }

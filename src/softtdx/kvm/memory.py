@@ -176,6 +176,14 @@ class HostMemory:
                 self._add(page, page + PAGE)
             self.free_pages += len(back)
 
+    def add_range(self, start: int, end: int) -> None:
+        """New memory: its pages are free."""
+        with self._lock:
+            self.ranges = sorted([*self.ranges, (start, end)])
+            self._add(start, end)
+            self.total_pages += (end - start) // PAGE
+            self.free_pages += (end - start) // PAGE
+
     def in_use(self, start: int, end: int) -> list[int]:
         """The pages of an isolated range that somebody still has."""
         with self._lock:

@@ -528,10 +528,10 @@ class AddressSpace:
             bases = sorted({hva & ~(PAGE_2M - 1) for hva in self._pages})
             return [base for base in bases if (vma := self._vma(base)) is not None and vma.thp]
 
-    def hint(self, after: int, count: int) -> int:
+    def hint(self, after: int, count: int) -> tuple[int, int]:
         """Unmap the next `count` pages from guests, so that their next access tells where it comes from.
 
-        NUMA hinting (change_prot_numa). Returns the address to go on after; 0 at the end.
+        NUMA hinting (change_prot_numa). Returns the address to go on after, 0 at the end, and how many were unmapped.
         """
         with self._lock:
             present = sorted(page.hva for page in self._huge.values()) + sorted(self._pages)
@@ -540,7 +540,7 @@ class AddressSpace:
             with self._invalidated(start, end):
                 for hva in range(start, end, PAGE):
                     self.hinted.setdefault(hva, -1)
-        return window[-1] if len(window) == count else 0
+        return window[-1] if len(window) == count else 0, len(window)
 
     # --- accounts
     def resident_pages(self) -> int:

@@ -54,7 +54,9 @@ def shared_fault(vcpu: Vcpu, gpa: int, *, write: bool = False) -> Fault:
         sequence = vm.mmu_notifier.sequence
         around = [] if slot.dirty_bitmap is not None else _unmapped_around(vm, slot, page)
     user = _faultin(vcpu, slot.hva(page))
-    others = [(at, vm.mm.get_page_nowait(slot.hva(at))) for at in around] if user.size == PAGE else []
+    hinted = vm.mm.hinted
+    wanted = [at for at in around if slot.hva(at) not in hinted] if user.size == PAGE else []
+    others = [(at, vm.mm.get_page_nowait(slot.hva(at))) for at in wanted]
     first, last = min([user.hva, *map(slot.hva, around)]), max([user.hva + user.size, *map(slot.hva, around)])
     try:
         with vm.mmu_lock:

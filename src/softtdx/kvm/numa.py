@@ -57,9 +57,8 @@ class NumaBalancing:
             return 0
         count = 0
         for vm in list(self._host.vms):
-            before = len(vm.mm.hinted)
-            self._positions[vm.mm] = vm.mm.hint(self._positions.get(vm.mm, 0), pages)
-            count += len(vm.mm.hinted) - before
+            self._positions[vm.mm], taken = vm.mm.hint(self._positions.get(vm.mm, 0), pages)
+            count += taken
             try:
                 count += self._hint_private(vm, pages)
             except KvmError:
@@ -72,7 +71,7 @@ class NumaBalancing:
         with vm.mmu():
             secure = vm.ops.secure_ept
             if secure is None or vm.dead:
-                return 0
+                return 0  # the lock is held: it does not go away now
             after = self._positions.get(vm, -1)
             window = sorted((gpa, leaf.level) for gpa, leaf in secure.mappings() if gpa > after)[:pages]
             self._positions[vm] = window[-1][0] if len(window) == pages else -1

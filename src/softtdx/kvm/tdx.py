@@ -99,7 +99,8 @@ class TdxVm(VmOps):
     @property
     def secure_ept(self) -> SecureEpt | None:
         """The S-EPT's mirror, between KVM_TDX_INIT_VM and the loss of the KeyID."""
-        return None if self.state is TdState.UNINITIALIZED or self.hkid is None else self.secure
+        gone = self.state is TdState.UNINITIALIZED or self.hkid is None or self.vm.closed
+        return None if gone else self.secure
 
     def vcpu_create(self, vcpu: Vcpu) -> VcpuOps:
         """KVM_CREATE_VCPU: EIO before KVM_TDX_INIT_VM, as in the kernel."""
@@ -232,7 +233,7 @@ class TdxVm(VmOps):
 
     def zap_private(self, start: int, end: int) -> None:
         """Remove what is mapped in the range; KVM_BUG_ON if the module refuses."""
-        if self.state is TdState.UNINITIALIZED or self.hkid is None:
+        if self.secure_ept is None:
             return
         with self.vm.host.cpus.run() as lp:
             try:
@@ -245,7 +246,7 @@ class TdxVm(VmOps):
         """BLOCK, TRACK and RELOCATE of what is mapped in the range."""
         from softtdx.kvm.page_moves import migrate
 
-        if self.state is TdState.UNINITIALIZED or self.hkid is None:
+        if self.secure_ept is None:
             return 0
         with self.vm.host.cpus.run() as lp:
             return migrate(self.vm, lp, self.secure, start, end, within)
@@ -254,7 +255,7 @@ class TdxVm(VmOps):
         """RELOCATE into one block, where the pages are not in one, and PROMOTE."""
         from softtdx.kvm.page_moves import collapse
 
-        if self.state is TdState.UNINITIALIZED or self.hkid is None:
+        if self.secure_ept is None:
             return False
         with self.vm.host.cpus.run() as lp:
             return collapse(self.vm, lp, self.secure, base)

@@ -60,7 +60,6 @@ class TdxVcpu(VcpuOps):
         self.tdvpr: int | None = None
         self.tdcx: list[int] = []
         self.regs = Registers()
-        self._cpu: int | None = None  # the processor that the module associates the vCPU with
 
     # --- KVM_MEMORY_ENCRYPT_OP
     def memory_encrypt_op(self, command: int, argument: object) -> object:

@@ -39,6 +39,7 @@ class Vcpu:
         self._in_guest: LogicalProcessor | None = None
         self._kicked = False
         self._running = Lock()
+        self.association = Lock()  # of the vCPU with a processor: held while that changes
         self.apic = LocalApic(self) if vm.irqchip else None
         self._complete: Callable[[], None] | None = None
         self.ops = vm.ops.vcpu_create(self)
@@ -139,7 +140,8 @@ class Vcpu:
         """Run on a processor until user space is wanted (True) or another thread wants the processor (False)."""
         vm, cpus = self.vm, self.vm.host.cpus
         with cpus.run(self.cpu) as lp, self._counted(lp):
-            self.ops.load(lp)
+            with self.association:
+                self.ops.load(lp)
             if self.cpu != lp.index:
                 # What this processor cached when the vCPU was here before may be stale (vmx_vcpu_load_vmcs).
                 self.cpu, self.tlb_flush_wanted = lp.index, True

@@ -148,9 +148,9 @@ class Vm:
     def _slot_flags(self, flags: int) -> int:
         """The flags that a slot may have (check_memory_region_flags): with private memory no dirty log and no ROM."""
         if flags & MemorySlotFlag.GUEST_MEMFD:
-            return MemorySlotFlag.GUEST_MEMFD
-        read_only = 0 if self.ops.has_private_memory else MemorySlotFlag.READONLY
-        return MemorySlotFlag.LOG_DIRTY_PAGES | read_only
+            return int(MemorySlotFlag.GUEST_MEMFD)
+        read_only = 0 if self.ops.has_private_memory else int(MemorySlotFlag.READONLY)
+        return int(MemorySlotFlag.LOG_DIRTY_PAGES) | read_only
 
     def _dirty_bitmap(self, old: Memslot | None, flags: int, pages: int) -> dirty_log.DirtyBitmap | None:
         if not flags & MemorySlotFlag.LOG_DIRTY_PAGES:
@@ -168,7 +168,8 @@ class Vm:
         if old.gpa != new.gpa:
             self._zap_shared(old.gpa, old.end)
         self.memslots.put(new)
-        assert self.ept is not None
+        if self.ept is None:
+            return
         if new.dirty_bitmap is not None and old.dirty_bitmap is None and not len(new.dirty_bitmap):
             if self.ept.write_protect(new.gpa, new.end):
                 self.flush_tlbs()
@@ -302,9 +303,10 @@ class Vm:
 
         KvmError, after everything else was freed, when the module would not give back what it has: that is leaked.
         """
-        if self.closed:
-            return
-        self.closed = True
+        with self.mmu_lock:  # a pass over all VMs is through with this one, or finds it closed
+            if self.closed:
+                return
+            self.closed = True
         self.mm.unregister_notifier(self.mmu_notifier)
         trouble: KvmError | None = None
         try:
@@ -325,9 +327,10 @@ class Vm:
                     slot.guest_memfd.unbind(slot.guest_memfd_offset)
                 self.memslots.remove(slot.slot)
         self.ops.destroy()
-        if self.ept is not None:
-            self.ept.free()
-            self.ept = None
+        with self.mmu():
+            if self.ept is not None:
+                self.ept.free()
+                self.ept = None
         for file in self.files:
             file.close()
         self.files.clear()

@@ -99,7 +99,6 @@ class VmxVcpu(VcpuOps):
         self.sregs = Sregs()
         self.left = LeftInProcessor(memory)
         self.virtual_apic = memory.alloc(zero=True) if vcpu.apic is not None else 0
-        self._cpu: int | None = None
         self._launched = False
         self._set_up = False
         self._dirty = True

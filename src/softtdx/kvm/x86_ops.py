@@ -75,6 +75,12 @@ class VcpuOps(ABC):
     def __init__(self, vcpu: "Vcpu") -> None:
         """KVM_CREATE_VCPU."""
         self.vcpu = vcpu
+        self._cpu: int | None = None
+
+    @property
+    def loaded_on(self) -> int | None:
+        """The processor that keeps something of this vCPU: its VMCS, or the module's association."""
+        return self._cpu
 
     @abstractmethod
     def load(self, lp: LogicalProcessor) -> None:
