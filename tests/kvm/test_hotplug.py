@@ -215,8 +215,10 @@ def test_a_block_stays_when_there_is_no_room_elsewhere(host):
     hva = mm.mmap(4 * MIB)
     mm.write(hva, b"\5" * (4 * MIB))
     vm = Kvm(host, mm).create_vm()
+    block = 5 * MEMORY_BLOCK
+    assert mm.migrate(hva, hva + 4 * MIB, (block, block + MEMORY_BLOCK)) == 1024
     with scarce(host, 10):
-        refused(lambda: host.hotplug.offline_memory(block_of(mm.get_page(hva))), EBUSY)
+        refused(lambda: host.hotplug.offline_memory(block), EBUSY)
     assert mm.read(hva, 4 * MIB) == b"\5" * (4 * MIB)
     vm.close()
     mm.close()
