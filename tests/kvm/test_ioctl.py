@@ -231,3 +231,42 @@ def test_whatever_a_vmm_sends_it_gets_an_answer_or_an_errno(host, on, request, a
         pass
     finally:
         process.exit()
+
+
+def code_of_xsetbv(index, value):
+    """Sets CR4.OSXSAVE and XCR[index] in flat 32-bit mode, and writes port 0x80 if it gets so far."""
+    set_osxsave = bytes.fromhex("0f20e0 0d00000400 0f22e0")
+    registers = struct.pack("<BIBIBI", 0xB8, value & 0xFFFFFFFF, 0xBA, value >> 32, 0xB9, index)
+    return set_osxsave + registers + bytes.fromhex("0f01d1 e680 f4")
+
+
+@pytest.mark.parametrize(
+    ("shown", "index", "value", "accepted"),
+    [
+        (0x3, 0, 0x3, True),
+        (0x3, 0, 0x1, True),
+        (0x3, 0, 0x2, False),  # x87 is not optional
+        (0x3, 0, 0x0, False),
+        (0x3, 1, 0x3, False),  # there is XCR0 only
+        (0x3, 0, 0x203, False),
+        (0x203, 0, 0x203, True),
+        (0xE7, 0, 0x7, False),  # user space may show AVX, but the processor does not keep it
+        (0x0, 0, 0x1, True),
+        (0x0, 0, 0x3, False),
+        (0x3, 0, 1 << 63 | 3, False),
+    ],
+)
+def test_xsetbv_takes_what_cpuid_shows_and_the_processor_keeps(process, shown, index, value, accepted):
+    vcpu = boot_vm(process, code_of_xsetbv(index, value))
+    entry = struct.pack("<IIIIIII12x", 0xD, 0, 1, shown, 0, 0, 0)
+    process.ioctl(vcpu, KvmIoctl.SET_CPUID2, bytearray(struct.pack("<II", 1, 0) + entry))
+    process.ioctl(vcpu, KvmIoctl.RUN)
+    assert process.kvm_run(vcpu).exit_reason is (KvmExit.IO if accepted else KvmExit.SHUTDOWN)
+
+
+@pytest.mark.parametrize(("value", "accepted"), [(0x900, True), (0x901, True), (0x1000, False), (1 << 32, False)])
+def test_reserved_bits_of_efer_are_a_general_protection_fault(process, value, accepted):
+    code = struct.pack("<BIBIBI", 0xB8, value & 0xFFFFFFFF, 0xBA, value >> 32, 0xB9, 0xC0000080)
+    vcpu = boot_vm(process, code + bytes.fromhex("0f30 e680 f4"))  # wrmsr; out 0x80,al; hlt
+    process.ioctl(vcpu, KvmIoctl.RUN)
+    assert process.kvm_run(vcpu).exit_reason is (KvmExit.IO if accepted else KvmExit.SHUTDOWN)

@@ -25,7 +25,6 @@ from softtdx.kvm.x86_ops import VcpuOps
 
 __all__ = ["TdxVcpu"]
 
-_EXTEND_CHUNK = 256
 _ERROR = 1 << 63
 _NON_RECOVERABLE = 1 << 62
 _SHARED_EPTP = "Shared EPTP"
@@ -118,8 +117,7 @@ class TdxVcpu(VcpuOps):
                         raise KvmError(errno.EEXIST, f"initial memory at GPA {gpa:#x} was added before")
                     td.secure.add(lp, gpa, slot.guest_memfd.get_page(slot.file_offset(gpa) // PAGE), source)
                     if region.measure:
-                        for chunk in range(gpa, gpa + PAGE, _EXTEND_CHUNK):
-                            sc.mr_extend(lp, tdr, chunk)
+                        sc.mr_extend(lp, tdr, gpa, PAGE)
                 vm.host.cpus.yield_if_wanted(lp)
 
     def _get_cpuid(self) -> list[CpuidEntry]:

@@ -16,7 +16,6 @@ __all__ = [
     "KvmRun",
     "MemoryFaultExit",
     "MmioExit",
-    "MsrExit",
     "Regs",
     "Segment",
     "Sregs",
@@ -130,16 +129,6 @@ class MemoryFaultExit:
 
 
 @dataclass
-class MsrExit:
-    """KVM_EXIT_X86_RDMSR and WRMSR: an MSR that neither hardware nor KVM has."""
-
-    write: bool
-    index: int
-    value: int = 0
-    error: bool = False
-
-
-@dataclass
 class KvmRun:
     """struct kvm_run: why KVM_RUN returned. The member for `exit_reason` is set, the others are stale."""
 
@@ -150,7 +139,6 @@ class KvmRun:
     tdx: TdxExit | None = None
     fatal: FatalExit | None = None
     memory_fault: MemoryFaultExit | None = None
-    msr: MsrExit | None = None
     detail: str = ""
 
 

@@ -23,9 +23,9 @@ from softtdx.kvm.lapic import NOTIFICATION_VECTOR
 from softtdx.kvm.memory import PAGE
 from softtdx.kvm.mmio import MAX_INSTRUCTION, MmioInstruction, decode_mmio
 from softtdx.kvm.mmu import Fault, shared_fault, walk_guest
-from softtdx.kvm.uapi import IoExit, MmioExit, MsrExit, Regs, Segment, Sregs
+from softtdx.kvm.uapi import IoExit, MmioExit, Regs, Segment, Sregs
 from softtdx.kvm.vcpu import Vcpu
-from softtdx.kvm.vmx_state import LeftInProcessor
+from softtdx.kvm.vmx_state import XSTATE_KEPT, LeftInProcessor
 from softtdx.kvm.x86_ops import VcpuOps, VmOps
 
 if TYPE_CHECKING:
@@ -37,7 +37,11 @@ _RAX, _RCX, _RDX, _RBX, _RSP, _RSI, _RDI = 0, 1, 2, 3, 4, 6, 7
 _U32 = 0xFFFF_FFFF
 _U64 = (1 << 64) - 1
 _ENTRY_FAILURE = 1 << 31
-_EFER_LMA = 1 << 10
+_CR0_PG = 1 << 31
+_EFER_LME, _EFER_LMA = 1 << 8, 1 << 10
+_EFER_BITS = 1 | _EFER_LME | _EFER_LMA | 1 << 11  # SCE, LME, LMA, NXE
+_CPUID_XSTATE = 0xD
+_X87 = 1  # of XCR0
 _CR4_VMXE = 1 << 13
 _DIRECTION = 1 << 10  # RFLAGS.DF
 _BLOCKED_BY_STI_OR_MOV_SS = 3
@@ -241,7 +245,13 @@ class VmxVcpu(VcpuOps):
         return self.vcpu.exit_to_user(KvmExit.SHUTDOWN)
 
     def _xsetbv(self, lp: LogicalProcessor) -> bool:
-        lp.core.xcr0 = self.gprs[_RDX] << 32 | self.gprs[_RAX] & _U32
+        """XCR0 within what user space gave the guest by CPUID (0xD, 0) and KVM keeps for it (kvm_emulate_xsetbv)."""
+        value = (self.gprs[_RDX] & _U32) << 32 | self.gprs[_RAX] & _U32
+        eax, _, _, edx = emulate.cpuid(self.vcpu, _CPUID_XSTATE, 0)
+        allowed = (edx << 32 | eax) & XSTATE_KEPT | _X87
+        if self.gprs[_RCX] & _U32 or not value & _X87 or value & ~allowed:
+            return self._general_protection(lp)
+        lp.core.xcr0 = value
         self._skip(lp)
         return True
 
@@ -254,7 +264,7 @@ class VmxVcpu(VcpuOps):
         field = _IN_VMCS.get(index)
         value = emulate.read_msr(self.vcpu, index) if field is None else lp.core.vmread(field)
         if value is None:
-            return self._unknown_msr(lp, MsrExit(False, index))
+            return self._general_protection(lp)
         self.gprs[_RAX], self.gprs[_RDX] = value & _U32, value >> 32
         self._skip(lp)
         return True
@@ -262,18 +272,19 @@ class VmxVcpu(VcpuOps):
     def _wrmsr(self, lp: LogicalProcessor) -> bool:
         index, value = self.gprs[_RCX] & _U32, (self.gprs[_RDX] & _U32) << 32 | self.gprs[_RAX] & _U32
         if index == Msr.EFER:
-            lma = lp.core.vmread(vmcs.GUEST_IA32_EFER) & _EFER_LMA
-            lp.core.vmwrite(vmcs.GUEST_IA32_EFER, value & ~_EFER_LMA | lma)
+            before, paging = lp.core.vmread(vmcs.GUEST_IA32_EFER), lp.core.vmread(vmcs.GUEST_CR0) & _CR0_PG
+            if value & ~_EFER_BITS or (paging and (value ^ before) & _EFER_LME):
+                return self._general_protection(lp)
+            lp.core.vmwrite(vmcs.GUEST_IA32_EFER, value & ~_EFER_LMA | before & _EFER_LMA)
         elif index == Msr.PAT and all(kind in _PAT_TYPES for kind in value.to_bytes(8, "little")):
             lp.core.vmwrite(vmcs.GUEST_IA32_PAT, value)
         elif not emulate.write_msr(self.vcpu, index, value):
-            return self._unknown_msr(lp, MsrExit(True, index, value))
+            return self._general_protection(lp)
         self._skip(lp)
         return True
 
-    def _unknown_msr(self, lp: LogicalProcessor, access: MsrExit) -> bool:
-        """#GP(0), as the kernel does for an MSR that nobody has."""
-        del access
+    def _general_protection(self, lp: LogicalProcessor) -> bool:
+        """#GP(0) for the instruction that exited: a value or an MSR that the guest does not have."""
         core = lp.core
         core.vmwrite(vmcs.ENTRY_INTERRUPTION_INFO, 1 << 31 | 1 << 11 | 3 << 8 | 13)
         core.vmwrite(vmcs.ENTRY_EXCEPTION_ERROR_CODE, 0)

@@ -11,11 +11,12 @@ from softtdx.abi.msrs import Msr
 from softtdx.hw import LogicalProcessor
 from softtdx.kvm.memory import HostMemory
 
-__all__ = ["LeftInProcessor", "evict"]
+__all__ = ["XSTATE_KEPT", "LeftInProcessor", "evict"]
 
 _MSRS: Final = (0xC000_0081, 0xC000_0082, 0xC000_0083, 0xC000_0084, 0xC000_0102, 0xC000_0103, Msr.XSS, Msr.SPEC_CTRL)
 _RESET_MSR: Final = 0
-_XSAVE_ALL: Final = 0x3  # the state that the simulated processor keeps: x87 and SSE
+XSTATE_KEPT: Final = 0x203
+"""State components that the simulated processor has: x87, SSE and PKRU."""
 _XCR0_RESET: Final = 1
 _DR_RESET: Final = (0, 0, 0, 0, 0xFFFF_0FF0)
 
@@ -50,9 +51,9 @@ class LeftInProcessor:
         evict(lp)
         core = lp.core
         if self._saved:
-            core.xrstor(self.area, _XSAVE_ALL)
+            core.xrstor(self.area, XSTATE_KEPT)
         else:
-            core.xinit(_XSAVE_ALL)
+            core.xinit(XSTATE_KEPT)
         core.xcr0, core.cr2, core.dr = self._xcr0, self._cr2, self._dr
         for msr, value in self._msrs.items():
             core.wrmsr(msr, value)
@@ -62,7 +63,7 @@ class LeftInProcessor:
         """Take the state out of `lp`."""
         core = lp.core
         self._memory.zero(self.area)
-        core.xsave(self.area, _XSAVE_ALL)
+        core.xsave(self.area, XSTATE_KEPT)
         self._xcr0, self._cr2, self._dr = core.xcr0, core.cr2, core.dr
         for msr in _MSRS:
             self._msrs[msr] = core.rdmsr(msr) or 0

@@ -42,6 +42,7 @@ from . import epoch, tdcs
 from .context import Call
 from .errors import LeafError
 from .fatal import ModuleFatal
+from .ids import SEPT_TREE
 from .pamt import PamtPage
 from .td import LockId, Td
 
@@ -86,7 +87,6 @@ _MIG_EPOCH_SHIFT: Final = 12
 _U64: Final = (1 << 64) - 1
 _INVALID: Final = int(Status.OPERAND_INVALID)
 _SEPT_LOCK: Final = int(LockId.SEPT)
-ROOT_PAGE: Final = tdcs.SEPT_ROOT >> 12
 
 _IMPORT_STATES: Final = frozenset(int(state) for state in opstate.IMPORT_IN_PROGRESS)
 
@@ -142,26 +142,12 @@ def walk(cpu: SeamCpu, table: int, top: int, gpa: int, level: int) -> tuple[int,
     Returns (address of the entry, the entry, its level). The walk ends early at an entry that maps a page or that is
     not present; the level tells.
     """
-    shift = 12 + 9 * top
-    rd64 = cpu.rd64
-    at = table + (gpa >> shift << 3 & 0xFF8)
-    entry = rd64(at)
-    while top > level and entry & 7 and not entry & LEAF:
-        top -= 1
-        shift -= 9
-        at = (entry & HPA_MASK) + (gpa >> shift << 3 & 0xFF8)
-        entry = rd64(at)
-    return at, entry, top
+    return cpu.walk_ept(table, top, gpa, level)
 
 
 def top_level(td: Td) -> int:
     """The level of the entries in the TD's root page: 3 for a 4-level tree, 4 for 5 levels."""
     return td.call.cpu.rd64(td.p0 + tdcs.EPTP) >> 3 & 7
-
-
-def root(td: Td) -> int:
-    """The TD's root S-EPT page, a page of its TDCS."""
-    return td.pages[tdcs.SEPT_ROOT >> 12]
 
 
 def open_entry(call: Call, td: Td, info: int, lowest: int, highest: int, exclusive: bool) -> tuple[int, int]:
@@ -182,10 +168,8 @@ def open_entry(call: Call, td: Td, info: int, lowest: int, highest: int, exclusi
         raise LeafError(_INVALID, Operand.RCX)
     if (info & ~7) & _PRIVATE_MASKS[cpu.rd8(p0 + tdcs.GPAW) & 1][cpu.rd8(p0 + tdcs.VIRT_MAXPA)]:
         raise LeafError(_INVALID, Operand.RCX)
-    if call.locks.acquire(td.pa | _SEPT_LOCK, exclusive):
-        raise LeafError(Status.OPERAND_BUSY, Operand.SEPT_TREE)
-    call.held.append((td.pa | _SEPT_LOCK, exclusive))
-    at, entry, reached = walk(cpu, td.pages[ROOT_PAGE], top, info, level)
+    call.lock(td.pa | _SEPT_LOCK, exclusive, SEPT_TREE)
+    at, entry, reached = walk(cpu, td.sept_root, top, info, level)
     if reached != level:
         set_details(call.regs, entry, reached, call.g.hkid_mask)
         raise LeafError(Status.EPT_WALK_FAILED, Operand.RCX)
@@ -206,7 +190,7 @@ def walk_to_leaf(td: Td, gpa: int) -> tuple[int, int, int]:
     p0 = td.p0
     if gpa & _PRIVATE_MASKS[cpu.rd8(p0 + tdcs.GPAW) & 1][cpu.rd8(p0 + tdcs.VIRT_MAXPA)]:
         raise LeafError(_INVALID, Operand.RCX)
-    at, entry, level = walk(cpu, td.pages[ROOT_PAGE], cpu.rd64(p0 + tdcs.EPTP) >> 3 & 7, gpa, 0)
+    at, entry, level = walk(cpu, td.sept_root, cpu.rd64(p0 + tdcs.EPTP) >> 3 & 7, gpa, 0)
     if not entry & LEAF or not entry & 7:
         set_details(call.regs, entry, level, call.g.hkid_mask)
         raise LeafError(Status.EPT_ENTRY_NOT_PRESENT, Operand.RCX)

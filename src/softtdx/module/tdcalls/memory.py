@@ -44,7 +44,7 @@ def guest_pa(guest: Guest, gpa: int, operand: int, *, write: bool = False, priva
     cpu = guest.cpu
     td = guest.td
     top = td.rd64(tdcs.EPTP) >> _EPTP_LEVEL_SHIFT & 7
-    _, entry, level = sept.walk(cpu, td.pages[tdcs.SEPT_ROOT >> 12], top, gpa, 0)
+    _, entry, level = sept.walk(cpu, td.sept_root, top, gpa, 0)
     wanted = EPT_READ | EPT_WRITE if write else EPT_READ
     if entry & wanted == wanted and (entry & LEAF or not level):
         return sept.leaf_hpa(entry, gpa, level)

@@ -1,4 +1,4 @@
-"""A host with TDX up, shared by the tests of this floor, and the accounts that must balance after each."""
+"""A host with TDX up, shared by the tests that need one, and the accounts that must balance after each."""
 
 import pytest
 
