@@ -10,6 +10,7 @@ from td_build_steps import Build
 from test_user_memory import backed, fill
 
 from softtdx.abi import kvm as abi
+from softtdx.abi import kvm_structs as wire
 from softtdx.abi.kvm import KVM_X86_TDX_VM, MemorySlotFlag
 from softtdx.abi.kvm import KvmIoctl as Ioctl
 from softtdx.kvm import Kvm, KvmError
@@ -222,19 +223,19 @@ def test_the_dirty_log_by_number(host):
     kvm = process.open()
     vm = process.ioctl(kvm, Ioctl.CREATE_VM, 0)
     assert process.ioctl(kvm, Ioctl.CHECK_EXTENSION, abi.KvmCap.MANUAL_DIRTY_LOG_PROTECT2) == 3
-    cap = abi.EnableCap()
+    cap = wire.EnableCap()
     cap.cap, cap.args = abi.KvmCap.MANUAL_DIRTY_LOG_PROTECT2, [3, 0, 0, 0]
     process.ioctl(vm, Ioctl.ENABLE_CAP, bytearray(bytes(cap)))
-    region = abi.UserspaceMemoryRegion()
+    region = wire.UserspaceMemoryRegion()
     region.memory_size, region.userspace_addr = MIB, process.mm.mmap(MIB)
     region.flags = MemorySlotFlag.LOG_DIRTY_PAGES
     process.ioctl(vm, Ioctl.SET_USER_MEMORY_REGION, bytearray(bytes(region)))
     where = process.mm.mmap(PAGE)
-    wanted = abi.DirtyLog()
+    wanted = wire.DirtyLog()
     wanted.dirty_bitmap = where
     process.ioctl(vm, Ioctl.GET_DIRTY_LOG, bytearray(bytes(wanted)))
     assert process.mm.read(where, 33) == b"\xff" * 32 + b"\0"
-    clear = abi.ClearDirtyLog()
+    clear = wire.ClearDirtyLog()
     clear.first_page, clear.num_pages, clear.dirty_bitmap = 64, 64, where
     process.ioctl(vm, Ioctl.CLEAR_DIRTY_LOG, bytearray(bytes(clear)))
     process.ioctl(vm, Ioctl.GET_DIRTY_LOG, bytearray(bytes(wanted)))
