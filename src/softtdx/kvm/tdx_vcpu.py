@@ -233,12 +233,13 @@ class TdxVcpu(VcpuOps):
     # --- scheduling
     def load(self, lp: LogicalProcessor) -> None:
         """On another processor than before: flush there first (tdx_vcpu_load)."""
-        if self.td.state is not TdState.RUNNABLE or self.state is not VcpuState.INITIALIZED:
-            raise KvmError(errno.EINVAL, "KVM_RUN before the TD is finalised or the vCPU is initialised")
-        if self._cpu not in (None, lp.index):
-            self.flush()
-        evict(lp)
-        self._cpu = lp.index
+        with self.vcpu.association:
+            if self.td.state is not TdState.RUNNABLE or self.state is not VcpuState.INITIALIZED:
+                raise KvmError(errno.EINVAL, "KVM_RUN before the TD is finalised or the vCPU is initialised")
+            if self._cpu not in (None, lp.index):
+                self.flush()
+            evict(lp)
+            self._cpu = lp.index
 
     def flush(self) -> None:
         """TDH.VP.FLUSH on the processor that has the vCPU."""

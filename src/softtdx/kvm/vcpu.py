@@ -3,7 +3,7 @@
 import errno
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from threading import Lock
+from threading import Lock, RLock
 from time import sleep
 from typing import TYPE_CHECKING
 
@@ -52,7 +52,7 @@ class Vcpu:
         self._in_guest: LogicalProcessor | None = None
         self._kicked = False
         self._mutex = Lock()
-        self.association = Lock()  # of the vCPU with a processor: held while that changes
+        self.association = RLock()  # of the vCPU with a processor: held while that changes
         self._reason = KvmExit.UNKNOWN  # what kvm_run says, which user space may overwrite
         self.apic = LocalApic(self) if vm.irqchip else None
         self._complete: Callable[[], None] | None = None
@@ -264,8 +264,7 @@ class Vcpu:
         """Run on a processor until user space is wanted (True) or another thread wants the processor (False)."""
         vm, cpus = self.vm, self.vm.host.cpus
         with cpus.run(self.cpu) as lp, self._counted(lp):
-            with self.association:
-                self.ops.load(lp)
+            self.ops.load(lp)
             if self.cpu != lp.index:
                 # What this processor cached when the vCPU was here before may be stale (vmx_vcpu_load_vmcs).
                 self.cpu, self.tlb_flush_wanted = lp.index, True

@@ -219,11 +219,12 @@ class VmxVcpu(VcpuOps):
     # --- scheduling
     def load(self, lp: LogicalProcessor) -> None:
         """Make the VMCS current here, cleared first where it was."""
-        if self._cpu is not None and self._cpu != lp.index:
-            self.flush()
-        lp.core.vmptrld(self.vmcs)
-        self.left.load(lp)
-        self._cpu = lp.index
+        with self.vcpu.association:
+            if self._cpu is not None and self._cpu != lp.index:
+                self.flush()
+            lp.core.vmptrld(self.vmcs)
+            self.left.load(lp)
+            self._cpu = lp.index
 
     @contextmanager
     def loaded(self) -> Iterator[LogicalProcessor]:
