@@ -86,7 +86,7 @@ class World:
         self._spare = iter(small[:-FREE_PAGES])
         self._hkids = iter(range(GLOBAL_HKID + 1, 64))
         self.secrets: list[int] = []  # words of production TDs
-        self.secret_pages: list[int] = []
+        self.vcpus: list[int] = []  # TDVPRs of vCPUs that can run
         infos = [gpa + n * PAGE for gpa in DATA_GPAS for n in (0, 1)]
         infos += [base & -(1 << 12 + 9 * level) | level for base in DATA_GPAS for level in (1, 2, 3)]
         self.numbers: dict[str, list[int]] = {
@@ -201,6 +201,8 @@ class World:
             self._vcpu(tdr, pages=5 + 3 * vms)
         self.ok(Leaf.MR_FINALIZE, rcx=tdr)
         self._more_memory(tdr)
+        if until == "runnable":
+            self.vcpus += self.numbers["tdvpr"][-2:]
         if until in ("blocked", "teardown"):
             for tdvpr in self.numbers["tdvpr"][-2:]:
                 self.ok(Leaf.VP_FLUSH, rcx=tdvpr)
@@ -223,8 +225,6 @@ class World:
             page = self.page()
             self.numbers["used"].append(page)
             self.ok(Leaf.MEM_PAGE_ADD, rcx=gpa, rdx=tdr, r8=page, r9=source)
-            if secret:
-                self.secret_pages.append(page)
         self.write(source, bytes(PAGE))
 
     def _more_memory(self, tdr: int) -> None:
