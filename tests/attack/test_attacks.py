@@ -22,7 +22,7 @@ def test_the_attack_ends_as_its_page_says(chosen):
 
 
 def test_only_known_limits_of_the_real_scheme_let_the_attacker_win():
-    assert [a.name for a in all_attacks() if a.expected.attacker_won] == ["replay", "tdvps-replay"]
+    assert [a.name for a in all_attacks() if a.expected.attacker_won] == ["replay", "pamt-replay", "tdvps-replay"]
 
 
 def test_dcap_qvl_refuses_the_quotes_that_are_not_genuine_or_not_in_force(monkeypatch):

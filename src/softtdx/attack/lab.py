@@ -29,7 +29,7 @@ __all__ = [
     "run_attack",
 ]
 
-_FAMILIES = ("memory", "mapping", "control", "vcpu", "attestation")
+_HOMES = ("memory", "mapping", "races", "control", "caches", "module_image", "vcpu", "attestation")
 _registry: dict[str, "Attack"] = {}
 
 
@@ -123,9 +123,9 @@ def attack(
 
 
 def all_attacks() -> list[Attack]:
-    """Every attack, in the order of families and files."""
-    for family in _FAMILIES:
-        importlib.import_module(f"softtdx.attack.{family}")
+    """Every attack, in the order of its files, by family."""
+    for home in _HOMES:
+        importlib.import_module(f"softtdx.attack.{home}")
     return list(_registry.values())
 
 
