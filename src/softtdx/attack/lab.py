@@ -29,7 +29,7 @@ __all__ = [
     "run_attack",
 ]
 
-_HOMES = ("memory", "mapping", "races", "control", "caches", "module_image", "vcpu", "stepping", "attestation")
+_HOMES = ("memory", "mapping", "races", "control", "caches", "module_image", "vcpu", "events", "stepping", "attestation")
 _registry: dict[str, "Attack"] = {}
 
 

@@ -24,7 +24,7 @@ from softtdx.kvm.seamcalls import seamcall
 from softtdx.kvm.tdx import TdxVm
 from softtdx.kvm.tdx_vcpu import TdxVcpu
 from softtdx.kvm.vmx import VmxVcpu
-from softtdx.vmm import GuestError, MachineConfig
+from softtdx.vmm import GuestError, Machine, MachineConfig
 from softtdx.vmm.boot import boot_host
 from softtdx.vmm.python_guest import PythonGuest, Td
 
@@ -243,16 +243,24 @@ class Scene:
             for lp, call in zip(lps, before, strict=True):
                 lp.seamcall = call  # type: ignore[method-assign]
 
-    def under_attack(self, act: Callable[[Victim], Seen]) -> Observation:
-        """Start a victim, let `act` happen between two of its instructions, then let it read its secret."""
+    def under_attack(self, act: Callable[[Victim], Seen], *, interrupts: bool = False) -> Observation:
+        """Start a victim, let `act` happen between two of its instructions, then let it read its secret.
+
+        With `interrupts` its vCPU has a local APIC.
+        """
         seen, view = Seen(), b""
 
         def program(td: Td) -> None:
             nonlocal seen, view
             seen = act(Victim(guest, td))
             view = td.read(SECRET_GPA, PAGE)
+            if interrupts:  # a guest with a local APIC halts for good, since an interrupt might come
+                machine.stop()
 
-        guest = PythonGuest(self.host, program, self.config())
+        machine = Machine(self.host, self.config())
+        if interrupts:
+            machine.vm.create_irqchip()
+        guest = PythonGuest(self.host, program, machine=machine)
         death = ""
         try:
             guest.run()
