@@ -7,7 +7,7 @@ from softtdx.abi.leaves import SeamcallLeaf as Leaf
 from softtdx.abi.msrs import Msr
 from softtdx.abi.status import Status, status_of
 from softtdx.attack.lab import Observation, Outcome, attack
-from softtdx.attack.scene import LINE, PAGE, SECRET_GPA, SPARE_GPA, Scene, Seen, Victim, say
+from softtdx.attack.scene import LINE, PAGE, SECRET_GPA, SPARE_GPA, Scene, Seen, Victim
 from softtdx.hw import LogicalProcessor
 from softtdx.vmm.python_guest import VeError
 
@@ -27,6 +27,7 @@ _LIDT, _TAKE_INTERRUPTS = _POINTER + 0x40, _POINTER + 0x80
 _GATE, _CODE_SELECTOR = 0x8E00, 0x10
 _HANDLED = 0xFFFF_FFFF  # RSI, where it was 0 before
 _SYSTEM_CALL = 0x80
+_EXCEPTIONS = 31  # vectors that are, or may become, exceptions
 _MSI = 0xFEE0_0000
 _PARAVIRT_MSR = 0x4B56_4D00  # nobody has it: a #VE in a TD
 
@@ -127,6 +128,7 @@ def fake_system_call(scene: Scene) -> Observation:
     In a TD the host can only post the interrupt. A handler that looks into the ISR first, as Linux does since, sees
     that it came from outside. In an ordinary VM the host injects the software interrupt itself.
     """
+
     def act(victim: Victim) -> Seen:
         td = victim.td
         _install_handlers(victim)
@@ -147,6 +149,41 @@ def fake_system_call(scene: Scene) -> Observation:
             return Seen(note="the handler ran, and saw in the ISR that an interrupt had come from outside")
         td.store(SECRET_GPA, 0)
         return Seen(note="the handler took it for a system call")
+
+    return scene.under_attack(act, interrupts=True)
+
+
+@attack(
+    "post-exceptions",
+    "control",
+    title="The host posts interrupts with the vectors of exceptions",
+    promise="In SEAM non-root mode the processor drops what is posted with vectors 0 to 30.",
+    expected=Outcome.STOPPED,
+    unprotected="an ordinary VM, where a posted interrupt may have any vector from 16 on",
+)
+def post_exceptions(scene: Scene) -> Observation:
+    """The host sets the bits of vectors 0 to 30 in the posted-interrupt descriptor: #MC, #CP, #VE that never happened.
+
+    The guest takes interrupts; what it takes by such a vector it believes to be an exception.
+    """
+
+    def act(victim: Victim) -> Seen:
+        td, believed = victim.td, []
+        _install_handlers(victim)
+        apic = victim.machine.vcpus[0].apic
+        assert apic is not None
+        for vector in range(_EXCEPTIONS):
+            victim.outside(lambda _, vector=vector: apic.post(vector))  # type: ignore[misc]
+            regs = td.execute(_TAKE_INTERRUPTS, rsi=0)
+            if regs.rsi == _HANDLED:
+                believed.append(regs.rax)
+                td.wrmsr(Msr.X2APIC_EOI, 0)
+        victim.outside(lambda _: apic.post(_EXCEPTIONS))
+        regs = td.execute(_TAKE_INTERRUPTS, rsi=0)
+        assert (regs.rax, regs.rsi) == (_EXCEPTIONS, _HANDLED), "the first vector that may be posted does not arrive"
+        if believed:
+            td.store(SECRET_GPA, 0)
+        return Seen(note=f"{len(believed)} of {_EXCEPTIONS} vectors arrived, and then vector {_EXCEPTIONS}")
 
     return scene.under_attack(act, interrupts=True)
 

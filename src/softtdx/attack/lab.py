@@ -29,7 +29,10 @@ __all__ = [
     "run_attack",
 ]
 
-_HOMES = ("memory", "mapping", "races", "control", "caches", "module_image", "vcpu", "events", "stepping", "attestation")
+_HOMES = (
+    "memory", "mapping", "races", "control", "caches", "parameters", "modes", "module_image", "vcpu", "events",
+    "stepping", "replies", "attestation",
+)  # fmt: skip
 _registry: dict[str, "Attack"] = {}
 
 

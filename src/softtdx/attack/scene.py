@@ -148,7 +148,8 @@ class Scene:
     integrity; an attack on the DIMMs sets `bare_dram` first, which switches total memory encryption off there too, and
     an attack by way of the TDX module sets `debug_td`, so that the victim there is a TD with ATTRIBUTES.DEBUG.
     With `always_td` it is an ordinary TD there too, and the attack says what else is missing; with `bare_td` that is
-    the integrity of memory, its cryptographic and its logical half.
+    the integrity of memory, its cryptographic and its logical half. With `always_debug` the victim is a debug TD on
+    both sides: the call that reads its secret would succeed, if it were let through.
     """
 
     def __init__(self, side: Side) -> None:
@@ -158,6 +159,7 @@ class Scene:
         self.debug_td = False
         self.always_td = False
         self.bare_td = False
+        self.always_debug = False
         self._host: Host | None = None
 
     def __enter__(self) -> "Scene":
@@ -176,7 +178,7 @@ class Scene:
     @property
     def is_td(self) -> bool:
         """Whether the victim is a TD."""
-        return self.protected or self.debug_td or self.always_td or self.bare_td
+        return self.protected or self.debug_td or self.always_td or self.bare_td or self.always_debug
 
     @property
     def description(self) -> PlatformDescription:
@@ -211,7 +213,8 @@ class Scene:
 
     def config(self) -> MachineConfig:
         """The victim's machine."""
-        return MachineConfig(memory=_MEMORY, vm=not self.is_td, debug_td=self.debug_td and not self.protected)
+        debug = self.always_debug or (self.debug_td and not self.protected)
+        return MachineConfig(memory=_MEMORY, vm=not self.is_td, debug_td=debug)
 
     def seamcall(self, leaf: SeamcallLeaf, **operands: int) -> Registers:
         """A SEAMCALL by the hostile host, on any free processor, its status not looked at."""

@@ -141,7 +141,7 @@ def zero_step(scene: Scene) -> Observation:
         core = td.processor.core
         victim.touch(_TABLE)
         take_away(victim)
-        before = 0
+        before = entered = 0
 
         def run(lp: LogicalProcessor) -> None:
             nonlocal before
@@ -151,14 +151,13 @@ def zero_step(scene: Scene) -> Observation:
         def handle_exit(lp: LogicalProcessor) -> bool:
             nonlocal entered
             if _reason(scene, victim, lp) != ExitReason.EPT_VIOLATION or entered == _REPLAYS:
-                give_back(victim, lp)
+                give_back(victim)
                 return answer(lp) if _reason(scene, victim, lp) != ExitReason.EPT_VIOLATION else True
             entered += 1
             if lp.core.counters()["exits"] > before:  # the processor was in the guest, and tried the instruction
                 looks.append([(_KEY >> bit & 1) + noise.gauss(0, _NOISE) for bit in range(_BITS)])
             return True
 
-        entered = 0
         core.set_xmm(0, _KEY)
         ops.run, ops.handle_exit = run, handle_exit  # type: ignore[method-assign]
         td.load(_TABLE)
@@ -179,7 +178,7 @@ def zero_step(scene: Scene) -> Observation:
             ept.unmap(_TABLE, _TABLE + PAGE)
             victim.flush()
 
-    def give_back(victim: Victim, lp: LogicalProcessor) -> None:
+    def give_back(victim: Victim) -> None:
         if scene.is_td:
             scene.seamcall(Leaf.MEM_RANGE_UNBLOCK, rcx=_TABLE, rdx=victim.tdx().require_tdr())
         else:

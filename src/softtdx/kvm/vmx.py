@@ -51,6 +51,7 @@ _IN_VMCS: dict[int, int] = {Msr.EFER: vmcs.GUEST_IA32_EFER, Msr.PAT: vmcs.GUEST_
 _PAT_RESET, _PAT_TYPES = 0x0007_0406_0007_0406, (0, 1, 4, 5, 6, 7)
 _PPR = 0xA0  # in the virtual-APIC page
 _VALID = 1 << 31  # of interruption information
+_UD = _VALID | 3 << 8 | 6
 _VECTORING_UNDEFINED = 1 << 12
 _BLOCKED_BY_NMI = 8
 _SEGMENTS = ("es", "cs", "ss", "ds", "fs", "gs")
@@ -243,6 +244,11 @@ class VmxVcpu(VcpuOps):
     def _xsetbv(self, lp: LogicalProcessor) -> bool:
         lp.core.xcr0 = self.gprs[_RDX] << 32 | self.gprs[_RAX] & _U32
         self._skip(lp)
+        return True
+
+    def _undefined(self, lp: LogicalProcessor) -> bool:
+        """SEAMCALL exits whenever the host is in VMX operation; for the guest there is no such instruction: #UD."""
+        lp.core.vmwrite(vmcs.ENTRY_INTERRUPTION_INFO, _UD)
         return True
 
     def _nothing(self, lp: LogicalProcessor) -> bool:
@@ -532,4 +538,6 @@ _HANDLERS: dict[int, Callable[[VmxVcpu, LogicalProcessor], bool]] = {
     ExitReason.XSETBV: VmxVcpu._xsetbv,
     ExitReason.WBINVD: VmxVcpu._nothing,
     ExitReason.INVD: VmxVcpu._nothing,
+    ExitReason.SEAMCALL: VmxVcpu._undefined,
+    ExitReason.TDCALL: VmxVcpu._undefined,
 }
