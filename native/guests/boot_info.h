@@ -37,6 +37,7 @@ struct boot_info {
     volatile uint64_t ap_argument;
     volatile uint64_t ap_index;
     struct memory_range ranges[MAX_RANGES];
+    uint64_t agent; /* the vCPU on which the launcher answers at PORT_AGENT, 0 for none; the VMM fills it */
 };
 
 #define PERCPU_SIZE 0x4000
@@ -45,6 +46,7 @@ struct boot_info {
 #define PORT_SERIAL 0x3f8 /* 16550 */
 #define PORT_EXIT 0x501   /* a byte written here ends the machine with that status */
 #define PORT_PARK 0x510   /* reading waits until another vCPU writes */
+#define PORT_AGENT 0x512  /* the launcher's own: requests for the TD's report (softtdx/vmm/agent.py) */
 
 #define EXIT_FAULT 0xff
 

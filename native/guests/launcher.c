@@ -3,6 +3,8 @@
  * It accepts the TD's memory, gives every vCPU an IDT whose #VE handler does by TDVMCALL what an unmodified program
  * does by IN, OUT, CPUID, RDMSR, WRMSR and HLT, and enters the payload with the boot info in RDI and the vCPU's index
  * in RSI. In an ordinary VM the same instructions exit to the VMM and the handler stays idle.
+ *
+ * If the boot info names an agent, that vCPU never enters the payload: it gives the TD's report to who asks outside.
  */
 #include "boot_info.h"
 #include "layout.h"
@@ -25,6 +27,8 @@ _Static_assert(sizeof(struct boot_info) <= 4096, "the boot info is one page");
 #define VECTOR_COUNT 32
 #define VECTOR_STRIDE 16
 #define VECTOR_VE 20
+#define REPORT_DATA_SIZE 64
+#define REPORT_SIZE 1024
 
 struct frame {
     uint64_t r15, r14, r13, r12, r11, r10, r9, r8, rdi, rsi, rbp, rbx, rdx, rcx, rax;
@@ -61,6 +65,9 @@ struct percpu {
 };
 
 #define IST_TOP 0x3000
+
+static uint32_t agent_data[REPORT_DATA_SIZE / 4] __attribute__((aligned(REPORT_DATA_SIZE)));
+static uint32_t agent_report[REPORT_SIZE / 4] __attribute__((aligned(REPORT_SIZE)));
 
 /* --- the console, for the launcher's last words */
 
@@ -288,6 +295,33 @@ static void set_up_vcpu(uint64_t index)
     load_tables(&gdt, &idt);
 }
 
+/* Serves requests until the TD ends: report data in, the status of TDG.MR.REPORT out, and the report if there is one. */
+static void __attribute__((noreturn)) agent(void)
+{
+    for (;;) {
+        struct tdcall_regs regs = {.rcx = (uint64_t)agent_report, .rdx = (uint64_t)agent_data};
+        uint64_t status;
+
+        if (read_port(PORT_AGENT, 1) != 1) /* waits for a request */
+            continue;
+        for (int i = 0; i < REPORT_DATA_SIZE / 4; i++)
+            agent_data[i] = (uint32_t)read_port(PORT_AGENT, 4);
+        status = tdcall(TDG_MR_REPORT, &regs) >> 32;
+        vmcall(VMCALL_IO, 4, 1, PORT_AGENT, status, 0);
+        for (int i = 0; !status && i < REPORT_SIZE / 4; i++)
+            vmcall(VMCALL_IO, 4, 1, PORT_AGENT, agent_report[i], 0);
+    }
+}
+
+/* Starts the agent as a payload starts a vCPU, and waits until the mailbox is free for the payload. */
+static void start_agent(void)
+{
+    boot_info.ap_index = boot_info.agent;
+    vmcall(VMCALL_IO, 1, 1, PORT_PARK, 0, 0);
+    while (boot_info.ap_index)
+        __asm__ volatile("pause");
+}
+
 void __attribute__((noreturn)) launcher_main(uint64_t is_td, uint64_t vcpu, uint64_t gpa_width)
 {
     boot_info.is_td = is_td;
@@ -306,6 +340,8 @@ void __attribute__((noreturn)) launcher_main(uint64_t is_td, uint64_t vcpu, uint
         fill_shared_window(0);
     }
     set_up_vcpu(vcpu);
+    if (is_td && boot_info.agent)
+        start_agent();
     enter_payload(boot_info.entry, boot_info.stack_top, (uint64_t)&boot_info, vcpu);
 }
 
@@ -313,5 +349,7 @@ void __attribute__((noreturn)) launcher_ap_main(uint64_t vcpu)
 {
     set_up_vcpu(vcpu);
     boot_info.ap_index = 0; /* tells who started us that the mailbox is free again */
+    if (boot_info.is_td && vcpu == boot_info.agent)
+        agent();
     enter_payload(boot_info.ap_entry, boot_info.ap_stack, boot_info.ap_argument, vcpu);
 }

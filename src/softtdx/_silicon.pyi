@@ -89,6 +89,18 @@ class Core:
         """MOVDIR64B of zeroes over whole 4 KiB pages: no read, sets the TD-owner bit by the KeyID's kind."""
     def copy_page(self, dst: int, src: int) -> None:
         """MOVDIR64B loop: 4 KiB from `src` to `dst`."""
+    # --- what many loads and stores do, by one call
+    def walk_ept(self, table: int, top: int, gpa: int, level: int) -> tuple[int, int, int]:
+        """From the EPT page `table` (KeyID included), whose entries have level `top` (0 to 4), towards `level`.
+
+        Returns (address of the entry, the entry, its level); ends early at one that is not present or a leaf.
+        """
+    def extend_sha384(self, pa: int, record: bytes, source: int = 0, size: int = 0) -> None:
+        """Compresses `record` and then `size` bytes at `source` into the SHA-384 context at `pa`.
+
+        The context: 64 bytes as of `sha384_init`, then the bytes taken in so far (64 bits). ValueError unless record
+        and bytes together are whole 128-byte blocks, at most 1024 bytes.
+        """
     # --- the register file that a guest runs on (VMX saves RIP, RSP, RFLAGS in the VMCS; software the others)
     # order: rax rcx rdx rbx rsp rbp rsi rdi r8..r15; RSP here is not used at VM entry (GUEST_RSP is)
     def gpr(self, index: int) -> int: ...
@@ -162,6 +174,52 @@ class Core:
     def undefined(self) -> list[str]:
         """The instructions, disassembled, that this interpreter could not do and so raised #UD (newest 100)."""
     trace: Callable[[str], None] | None
+
+class LockWords:
+    """Words of SEAM software's own data that processors change with LOCK-prefixed instructions, one for each key.
+
+    Bit 0: held exclusively; bit 1: a mark; bits 63:2: the number of shared holders. 0 is a free word. What the mark
+    means, and what to do about a word that is not free, is software's: it has `load` and `cas`. Keys are signed.
+    """
+
+    def __init__(self) -> None: ...
+    def load(self, key: int) -> int: ...
+    def cas(self, key: int, old: int, new: int) -> int:
+        """LOCK CMPXCHG: returns the word found; it was replaced if that equals `old`."""
+    def release(self, key: int, exclusive: bool) -> None:
+        """Gives a word back; a mark stays. ValueError when it is not held in this mode."""
+    def rows(self) -> dict[int, int]:
+        """Every word that is not 0."""
+
+class PamtPath:
+    """Where the PAMT entries of a 1 GiB block begin, KeyID included: the one of 1 GiB, 512 of 2 MiB, 2^18 of 4 KiB."""
+
+    def __init__(self, e1g: int, e2m: int, e4k: int) -> None: ...
+
+class HeldLocks:
+    """The words that one processor holds, in the order in which it took them."""
+
+    def __init__(self, words: LockWords) -> None: ...
+    def __len__(self) -> int: ...
+    def entries(self) -> list[tuple[int, bool]]:
+        """(key, exclusive) of each."""
+    def take(self, key: int, exclusive: bool) -> bool:
+        """Takes a word if it is 0, or for a shared hold if neither held exclusively nor marked; else does nothing."""
+    def take_all(self, entries: list[tuple[int, bool]]) -> bool:
+        """All of them or, when one cannot be taken, none."""
+    def take_page(self, core: Core, pa: int, path: PamtPath, exclusive: bool) -> tuple[int, int] | None:
+        """A PAMT walk to the 4 KiB entry of `pa` where nobody is in the way.
+
+        Takes `pa` in 1 GiB | 2 and in 2 MiB | 1 shared and `pa` as asked; returns (address of the entry, its first
+        quadword). None, with nothing taken: an entry above is not split (its type, bits 23:16, is not 0), a word is
+        not free, or a load would fault.
+        """
+    def note(self, key: int, exclusive: bool) -> None:
+        """Software took a word by `cas`."""
+    def release(self, key: int, exclusive: bool) -> None:
+        """Gives one back. IndexError when it is not in the list."""
+    def release_to(self, count: int = 0) -> None:
+        """Gives back, the last first, all but the first `count`."""
 
 class Trial:
     """Instruction tests in bulk: a processor with one small 64-bit user-mode guest, outside any platform.

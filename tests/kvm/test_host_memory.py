@@ -1,5 +1,6 @@
 """The host's page allocator and the account of pages that TDX owns."""
 
+from collections import Counter
 from contextlib import suppress
 from types import SimpleNamespace
 
@@ -68,3 +69,35 @@ def test_zeroed_pages_are_zero_and_the_first_mebibyte_is_never_used():
     memory.free(page)
     assert memory.read(memory.alloc(zero=True), PAGE) == bytes(PAGE)
     assert page >= MIB
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["give", "take", "free"]), st.integers(0, 2047), st.sampled_from([1, 3, 512, 600])),
+        max_size=25,
+    )
+)
+def test_what_tdx_owns_is_counted_page_by_page_however_it_came_and_goes(steps):
+    memory = host_memory()
+    block = memory.alloc(2048, align=8 * MIB)
+    model = {}
+    for number, (what, first, count) in enumerate(steps):
+        if count == 512:
+            first &= -512
+        count = min(count, 2048 - first)
+        pa, use = block + first * PAGE, f"use {number % 3}"
+        pages = range(pa, pa + count * PAGE, PAGE)
+        if what == "give" and model.keys().isdisjoint(pages):
+            memory.give_to_tdx(pa, use, count)
+            model.update(dict.fromkeys(pages, use))
+        elif what == "take":
+            memory.take_from_tdx(pa, count)
+            for page in pages:
+                model.pop(page, None)
+        elif what == "free" and not model.keys().isdisjoint(pages):
+            with pytest.raises(RuntimeError, match="while TDX owns it"):
+                memory.free(pa, count)
+        assert memory.is_tdx(pa, count) == (not model.keys().isdisjoint(pages))
+        assert memory.is_tdx(pa) == (pa in model)
+    assert memory.tdx_pages() == Counter(model.values())
+    assert memory.leaked() == sorted(model)

@@ -40,7 +40,8 @@ def test_a_mapping_larger_than_the_machine_costs_what_is_touched():
 
 @given(
     st.lists(
-        st.tuples(st.sampled_from(["page", "huge", "hole"]), st.integers(0, 2047), st.integers(1, 600)), max_size=30
+        st.tuples(st.sampled_from(["page", "huge", "hole", "move"]), st.integers(0, 2047), st.integers(1, 600)),
+        max_size=30,
     )
 )
 def test_a_guest_memfd_gives_each_index_one_page_and_forgets_holes(steps):
@@ -58,7 +59,13 @@ def test_a_guest_memfd_gives_each_index_one_page_and_forgets_holes(steps):
                 assert pa % PAGE_2M == 0
                 for i in range(512):
                     assert model.setdefault(base + i, pa + i * PAGE) == pa + i * PAGE
-        else:
+        elif what == "move" and index in model:
+            new = memory.alloc()
+            old = file.replace(index, new)
+            assert old == model[index]
+            memory.free(old)
+            model[index] = new
+        elif what == "hole":
             end = min(2048, index + count)
             file.punch_hole(index * PAGE, (end - index) * PAGE)
             model = {i: pa for i, pa in model.items() if not index <= i < end}

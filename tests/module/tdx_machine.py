@@ -89,6 +89,7 @@ class Machine:
         table = SysInfoTable.parse(platform.memory.read(platform.seam.base, PAGE, seam=True))
         table.module_hv = table.min_update_hv = table.no_downgrade = 1
         table.num_handoff_pages = 15
+        platform.memory.write(platform.seam.base, bytes(table), seam=True)
         platform.seamops.seamextend(SeamIdentity(bytes(16), b"\x11" * 48, bytes(48), 0))
         platform.seamops.database_insert()
         self.module = TdxModule(platform.lps[0]._seam_cpu, bytes(table))

@@ -95,7 +95,7 @@ def test_a_release_in_the_wrong_mode_is_a_defect(held):
 
 
 def test_a_release_of_a_free_lock_is_a_defect():
-    with pytest.raises(KeyError):
+    with pytest.raises(ValueError, match="not held"):
         LockTable().release(KEY, True)
 
 

@@ -1,6 +1,7 @@
 """Boots of Debian's kernel for tests: fetched once, skipped where apt cannot fetch it."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import pytest
@@ -41,14 +42,18 @@ class Boot:
     initrd: bytes
     command_line: str
     kernel: bytes
+    outside: bytes = b""
 
     @property
     def text(self):
         return self.report["console"].replace("\r\n", "\n")
 
 
-def boot(command, *, vm=False, vcpus=1, files=None, append="quiet", memory=512 << 20):
-    """Boot Debian's kernel, run `command`, tear the machine down and check that nothing is left."""
+def boot(command, *, vm=False, vcpus=1, files=None, append="quiet", memory=512 << 20, meanwhile=None):
+    """Boot Debian's kernel, run `command`, tear the machine down and check that nothing is left.
+
+    `meanwhile(machine)` runs beside it, outside; the TD then has an agent.
+    """
     images = debian_images()
     description = preset("spr")
     if vcpus > 1:
@@ -57,11 +62,16 @@ def boot(command, *, vm=False, vcpus=1, files=None, append="quiet", memory=512 <
     free = host.memory.free_pages
     quoting = None if vm else QuotingService(host.platform)
     kernel = load_bzimage(images.kernel)
-    initrd = build_initramfs(images, command, files)
+    agent = meanwhile is not None
+    initrd = build_initramfs(images, command, files, agent=agent)
     line = f"console=hvc0 panic=-1 {append}".strip()
-    with LinuxMachine(host, MachineConfig(memory=memory, vm=vm, vcpus=vcpus), quoting=quoting) as machine:
+    config = MachineConfig(memory=memory, vm=vm, vcpus=vcpus, agent=agent)
+    with LinuxMachine(host, config, quoting=quoting) as machine, ThreadPoolExecutor(1) as pool:
         machine.load_kernel(kernel, initrd, line)
+        beside = pool.submit(meanwhile, machine) if agent else None
         result = machine.run()
+        if beside is not None:
+            beside.result(60)
         report = boot_report(machine, result, host.platform.events, quoting)
     assert host.memory.free_pages == free
     return Boot(machine, result, report, quoting, initrd, line, kernel.data)

@@ -17,7 +17,9 @@ from softtdx.attest.quote import Quote
 from softtdx.hw.seamops import SeamOpsStatus
 
 COMPLAINTS = re.compile(r"unexpected #VE|oops|BUG:|WARNING:|Call Trace|unchecked MSR|Kernel panic", re.IGNORECASE)
+OUTSIDE = b"asked for from outside".ljust(64, b"\0")
 SCRIPT = """
+read line
 echo '<dmesg>'; dmesg; echo '</dmesg>'
 mkdir /sys/kernel/config/tsm/report/q
 head -c 64 /dev/zero | tr '\\0' A > /sys/kernel/config/tsm/report/q/inblob
@@ -44,7 +46,17 @@ def report_program(tmp_path_factory):
 @pytest.fixture(scope="module")
 def td(report_program):
     files = {"root/report": report_program} if report_program else None
-    return boot(SCRIPT, files=files)
+    outside = []
+
+    def ask(machine):
+        try:
+            outside.append(machine.agent.quote(OUTSIDE))
+        finally:
+            machine.type(b"go on\n")
+
+    done = boot(SCRIPT, files=files, meanwhile=ask)
+    done.outside = outside[0]
+    return done
 
 
 def field(done, name):
@@ -85,6 +97,13 @@ def test_the_quote_that_the_guest_took_is_accepted(td):
     body = Quote.parse(quote).body
     assert body.report_data == b"A" * 64
     assert body.mr_td.hex() == td.report["mrtd"]
+    assert [value.hex() for value in body.rtmrs] == td.report["rtmrs"]
+
+
+def test_the_agent_in_the_guest_takes_a_quote_for_who_asks_outside(td):
+    assert verify_with_dcap_qvl(td.outside, td.quoting.pki).status == "UpToDate"
+    body = Quote.parse(td.outside).body
+    assert body.report_data == OUTSIDE
     assert [value.hex() for value in body.rtmrs] == td.report["rtmrs"]
 
 

@@ -9,8 +9,9 @@ use pyo3::types::{PyBytes, PyDict, PyTuple};
 
 use super::errors::{raise, vm_fail};
 use super::memory::Memory;
+use super::sha384;
 use crate::cpu::{event, Cpu, Outcome, Shared, VmError};
-use crate::mem::Fault;
+use crate::mem::{Fault, TOP_LEVEL};
 
 pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<Core>()
@@ -22,6 +23,9 @@ fn vm_error(py: Python<'_>, error: VmError) -> PyErr {
         VmError::Fail(number) => vm_fail(py, number),
     }
 }
+
+/// Pages from which on zeroing them takes longer than to let other Python threads run meanwhile.
+const LONG: u64 = 64;
 
 /// Above every exit reason: the guest stopped at the escape instruction of a hook.
 const ESCAPE: u32 = 0x1_0000;
@@ -38,6 +42,11 @@ impl Core {
         self.cpu
             .try_lock()
             .map_err(|_| PyRuntimeError::new_err("this Core is in use by another thread"))
+    }
+
+    /// For an instruction that works on more than this processor's memory.
+    pub fn with_cpu<T>(&self, op: impl FnOnce(&mut Cpu) -> T) -> PyResult<T> {
+        Ok(op(&mut *self.cpu()?))
     }
 
     fn bus<T>(&self, py: Python<'_>, op: impl FnOnce(&mut Cpu) -> Result<T, Fault>) -> PyResult<T> {
@@ -147,10 +156,56 @@ impl Core {
     }
     #[pyo3(signature = (pa, pages = 1))]
     fn zero_page(&self, py: Python<'_>, pa: u64, pages: u64) -> PyResult<()> {
-        self.bus(py, |c| c.mem.zero_pages(pa, pages, c.root_agent()))
+        if pages < LONG {
+            return self.bus(py, |c| c.mem.zero_pages(pa, pages, c.root_agent()));
+        }
+        let mut cpu = self.cpu()?;
+        let cpu: &mut Cpu = &mut cpu;
+        py.detach(move || cpu.mem.zero_pages(pa, pages, cpu.root_agent()))
+            .map_err(|fault| raise(py, fault))
     }
     fn copy_page(&self, py: Python<'_>, dst: u64, src: u64) -> PyResult<()> {
         self.bus(py, |c| c.mem.copy_page(dst, src, c.root_agent()))
+    }
+
+    /// Down an EPT by one call: (address of the entry, the entry, its level).
+    fn walk_ept(
+        &self,
+        py: Python<'_>,
+        table: u64,
+        top: u32,
+        gpa: u64,
+        level: u32,
+    ) -> PyResult<(u64, u64, u32)> {
+        if top > TOP_LEVEL {
+            return Err(PyValueError::new_err(format!(
+                "level {top} of a table, the highest is {TOP_LEVEL}"
+            )));
+        }
+        let end = self.bus(py, |c| {
+            c.mem.walk_ept(table, top, gpa, level, c.root_agent())
+        })?;
+        Ok((end.at, end.entry, end.level))
+    }
+    /// SHA-384 of memory into memory: `record`, then `size` bytes at `source`, into the context at `pa`.
+    #[pyo3(signature = (pa, record, source = 0, size = 0))]
+    fn extend_sha384(
+        &self,
+        py: Python<'_>,
+        pa: u64,
+        record: &[u8],
+        source: u64,
+        size: usize,
+    ) -> PyResult<()> {
+        let mut input = sha384::Input::new(record, size)?;
+        self.bus(py, |c| {
+            let agent = c.root_agent();
+            let mut context = [0; sha384::CONTEXT];
+            c.mem.read(source, input.space(), agent)?;
+            c.mem.read(pa, &mut context, agent)?;
+            input.compress_into(&mut context);
+            c.mem.write(pa, &context, agent)
+        })
     }
 
     fn gpr(&self, number: usize) -> PyResult<u64> {

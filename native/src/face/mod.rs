@@ -2,6 +2,7 @@
 
 pub mod core;
 mod errors;
+mod locks;
 pub mod memory;
 mod payloads;
 mod sha384;
@@ -17,6 +18,7 @@ fn silicon(module: &Bound<'_, PyModule>) -> PyResult<()> {
     errors::register(module)?;
     memory::register(module)?;
     core::register(module)?;
+    locks::register(module)?;
     sha384::register(module)?;
     trial::register(module)?;
     payloads::register(module)

@@ -26,6 +26,57 @@ pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(sha384_final, module)?)
 }
 
+/// A context in memory: the chaining value, and how many bytes went into it (64 bits, little endian).
+pub const CONTEXT: usize = STATE + 8;
+/// The most that one instruction takes in.
+const MOST: usize = 8 * BLOCK;
+
+/// Whole blocks: a record, and room behind it for what comes from memory.
+pub struct Input {
+    bytes: [u8; MOST],
+    record: usize,
+    length: usize,
+}
+
+impl Input {
+    pub fn new(record: &[u8], more: usize) -> PyResult<Input> {
+        let length = record.len().saturating_add(more);
+        if length > MOST || !length.is_multiple_of(BLOCK) {
+            return Err(PyValueError::new_err(format!(
+                "{length} bytes to hash, must be a multiple of {BLOCK} and at most {MOST}"
+            )));
+        }
+        let mut bytes = [0; MOST];
+        bytes[..record.len()].copy_from_slice(record);
+        Ok(Input {
+            bytes,
+            record: record.len(),
+            length,
+        })
+    }
+
+    pub fn space(&mut self) -> &mut [u8] {
+        &mut self.bytes[self.record..self.length]
+    }
+
+    pub fn compress_into(&self, context: &mut [u8; CONTEXT]) {
+        let (state, count) = context.split_at_mut(STATE);
+        let (blocks, _) = self.bytes[..self.length].as_chunks::<BLOCK>();
+        let (words, _) = state.as_chunks_mut::<8>();
+        let mut value: [u64; 8] = std::array::from_fn(|n| u64::from_be_bytes(words[n]));
+        compress512(&mut value, blocks);
+        for (word, value) in words.iter_mut().zip(value) {
+            *word = value.to_be_bytes();
+        }
+        let (words, _) = count.as_chunks_mut::<8>();
+        for word in words {
+            *word = u64::from_le_bytes(*word)
+                .wrapping_add(self.length as u64)
+                .to_le_bytes();
+        }
+    }
+}
+
 /// The 64-byte SHA-384 chaining value at the start (SHA-512 words, big endian).
 #[pyfunction]
 fn sha384_init(py: Python<'_>) -> Bound<'_, PyBytes> {

@@ -92,6 +92,16 @@ impl Memory {
         self.load(pa, agent)
     }
 
+    /// As `rd64` of an aligned word, if that needs no wait and no change of any line.
+    #[inline]
+    pub fn rd64_now(&self, pa: u64, agent: Agent) -> Option<u64> {
+        if is_aligned::<u64>(pa) {
+            self.load_now(pa, agent)
+        } else {
+            None
+        }
+    }
+
     #[inline]
     pub fn wr8(&self, pa: u64, value: u8, agent: Agent) -> Result<(), Fault> {
         self.store(pa, value, agent)
@@ -209,17 +219,23 @@ impl Memory {
     #[inline(always)]
     fn load<T: Word>(&self, pa: u64, agent: Agent) -> Result<T, Fault> {
         if is_aligned::<T>(pa) {
-            if let Some((page, tag)) = self.whole_in_page(pa, size_of::<T>(), agent) {
-                // SAFETY: the offset is aligned to the word and within the page.
-                let read = |data: *const u8| unsafe { T::load(data.add((pa & OFFSET) as usize)) };
-                if let Some(value) = page.read_unlocked(tag, read) {
-                    return Ok(value);
-                }
+            if let Some(value) = self.load_now(pa, agent) {
+                return Ok(value);
             }
         }
         let mut bytes = [0; 16];
         self.read(pa, &mut bytes[..size_of::<T>()], agent)?;
         Ok(T::from_wide(u128::from_le_bytes(bytes)))
+    }
+
+    /// One load of an aligned word from a page that is uniform under the reader's key and that nobody changes.
+    #[inline(always)]
+    fn load_now<T: Word>(&self, pa: u64, agent: Agent) -> Option<T> {
+        debug_assert!(is_aligned::<T>(pa));
+        let (page, tag) = self.whole_in_page(pa, size_of::<T>(), agent)?;
+        // SAFETY: the offset is aligned to the word (every caller checked) and within the page.
+        let read = |data: *const u8| unsafe { T::load(data.add((pa & OFFSET) as usize)) };
+        page.read_unlocked(tag, read)
     }
 
     #[inline(always)]

@@ -76,6 +76,14 @@ word!(u64, AtomicU64);
 /// `from` is valid for reads of `into.len()` bytes.
 pub unsafe fn copy_out(from: *const u8, into: &mut [u8]) {
     let mut at = 0;
+    if (from as usize).is_multiple_of(8) {
+        let (words, _) = into.as_chunks_mut::<8>();
+        for word in words {
+            // SAFETY: 8-byte aligned, and `at + 8 <= into.len()`.
+            *word = unsafe { u64::load(from.add(at)) }.to_le_bytes();
+            at += 8;
+        }
+    }
     while at < into.len() {
         // SAFETY: `at + step <= into.len()`, and `step` divides the address.
         at += unsafe {
@@ -96,6 +104,14 @@ pub unsafe fn copy_out(from: *const u8, into: &mut [u8]) {
 /// `into` is valid for `from.len()` bytes of memory that only atomics access while shared.
 pub unsafe fn copy_in(into: *mut u8, from: &[u8]) {
     let mut at = 0;
+    if (into as usize).is_multiple_of(8) {
+        let (words, _) = from.as_chunks::<8>();
+        for word in words {
+            // SAFETY: 8-byte aligned, and `at + 8 <= from.len()`.
+            unsafe { u64::store(into.add(at), u64::from_le_bytes(*word)) };
+            at += 8;
+        }
+    }
     while at < from.len() {
         let rest = &from[at..];
         // SAFETY: `at + step <= from.len()`, and `step` divides the address.

@@ -40,6 +40,7 @@ mod seamrr;
 mod shootdown;
 #[cfg(test)]
 mod tests;
+mod walks;
 
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, PoisonError};
@@ -48,6 +49,7 @@ pub use config::{Config, Integrity, Unfit, LINE, PAGE, PA_BITS};
 pub use engine::KeyPair;
 pub use probe::RawLine;
 pub use shootdown::CpuSlot;
+pub use walks::{PamtPath, Reached, TOP_LEVEL};
 
 use dram::Dram;
 use keys::{KeyTable, Tag};

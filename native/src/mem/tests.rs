@@ -2,6 +2,7 @@
 
 mod model;
 mod threads;
+mod walks;
 
 use super::*;
 

@@ -48,6 +48,7 @@ __all__ = [
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _EXIT_REJECTED = 1
+_NOT_OF_RUNNING = ("qgs_address", "version", "body_type")  # options for quotes that are made here
 
 
 def platform_option(function: _F) -> _F:
@@ -244,20 +245,33 @@ def qgs_serve(pki_dir: Path | None, platform_name: str, listen: str) -> None:
 
 @click.command()
 @click.option("--report", "report_path", type=click.Path(path_type=Path), help="A TDREPORT of the platform.")
-@click.option("--report-data", help="Build a TD, and quote it with this report data (hex, up to 64 bytes).")
+@click.option(
+    "--td", "td_name", metavar="NAME", help="A TD that `softtdx run` or `softtdx boot` runs with --name NAME."
+)
+@click.option("--report-data", help="Of that TD, or else of one that is built for it (hex, up to 64 bytes).")
 @pki_option
 @platform_option
 @click.option("--qgs", "qgs_address", help="Ask this quote generation service instead of quoting here.")
 @click.option("--version", type=click.Choice(["4", "5"]), help="[default: what such a report gets]")
 @click.option("--body-type", type=click.Choice(["2", "3", "4"]), help="Of a version 5 quote: TDX 1.0, 1.5, 1.5 ex.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True)
-def quote(report_path: Path | None, report_data: str | None, output: Path, **given: Any) -> None:
-    """Make a quote: of a TDREPORT taken on the platform, or of a TD that is built, run and asked for its report.
+def quote(td_name: str | None, report_path: Path | None, report_data: str | None, output: Path, **given: Any) -> None:
+    """Make a quote: of a running TD, of a TDREPORT, or of a TD that is built, run and asked for its report.
 
-    Without --pki the platform's own PKI is used (`softtdx pki init` writes it).
+    A running TD (--td NAME; `softtdx ps` lists them) is asked over its control socket: software in it takes the quote,
+    with the quoting service of its own machine. Otherwise the quote is made here, and without --pki under the
+    platform's own PKI (`softtdx pki init` writes it).
     """
+    if td_name is not None:
+        data = _quote_of_running_td(td_name, report_path, report_data or "", given)
+        write_file(output, data)
+        click.echo(f"{output}: {len(data)} bytes")
+        return
     if (report_path is None) == (report_data is None):
-        raise MalformedError("give --report FILE to quote a TDREPORT, or --report-data HEX to quote a new TD")
+        raise MalformedError(
+            "give --td NAME to quote a running TD, --report FILE to quote a TDREPORT, or --report-data HEX to quote a "
+            "new TD"
+        )
     description = load_description(given["platform_name"])
     report = read_file(report_path) if report_path else _report_of_new_td(description, str(report_data))
     if given["qgs_address"] is not None:
@@ -272,15 +286,31 @@ def quote(report_path: Path | None, report_data: str | None, output: Path, **giv
     click.echo(f"{output}: {len(data)} bytes")
 
 
+def _quote_of_running_td(name: str, report_path: Path | None, report_data: str, given: Mapping[str, Any]) -> bytes:
+    from softtdx.vmm.registry import find  # for this option only
+
+    source = click.get_current_context().get_parameter_source
+    other_pki = source("pki_dir") is click.core.ParameterSource.COMMANDLINE  # SOFTTDX_PKI may be set for other commands
+    if report_path is not None or other_pki or any(given[key] is not None for key in _NOT_OF_RUNNING):
+        raise MalformedError(
+            "the quote of a running TD is made by the quoting service of its machine: --td goes with --report-data only"
+        )
+    return find(name).quote(_padded(report_data))
+
+
 def _report_of_new_td(description: PlatformDescription, report_data: str) -> bytes:
     from softtdx.vmm.attesting_td import AttestingTd  # building a TD is for this option only
     from softtdx.vmm.boot import boot_host
 
+    with AttestingTd(boot_host(description)) as td:
+        return td.report(_padded(report_data))
+
+
+def _padded(report_data: str) -> bytes:
     data = hex_bytes(report_data, "report data")
     if len(data) > REPORTDATA_SIZE:
         raise MalformedError(f"report data is at most {REPORTDATA_SIZE} bytes, this is {len(data)}")
-    with AttestingTd(boot_host(description)) as td:
-        return td.report(data.ljust(REPORTDATA_SIZE, b"\0"))
+    return data.ljust(REPORTDATA_SIZE, b"\0")
 
 
 def platform_pki(description: PlatformDescription) -> Pki:

@@ -10,6 +10,7 @@ from typing import BinaryIO
 import click
 
 from softtdx.cli.console import SIZE
+from softtdx.cli.running import announced, name_option
 from softtdx.cli.terminal import Terminal
 from softtdx.errors import SoftTdxError
 from softtdx.hw import PlatformDescription
@@ -44,6 +45,7 @@ _CONSOLE = "console=hvc0 panic=-1"
 )
 @click.option("--drive", type=click.Path(), metavar="FILE", help="A disk for the guest (/dev/vda).")
 @click.option("--platform", type=click.Path(), metavar="FILE.toml", help="The machine to simulate.")
+@name_option
 @click.option("--trace", type=click.Path(), metavar="FILE", help="Write every wall crossing as JSON lines.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end instead of the live console.")
 def boot(
@@ -58,6 +60,7 @@ def boot(
     add: tuple[str, ...],
     drive: str | None,
     platform: str | None,
+    name: str | None,
     trace: str | None,
     as_json: bool,
 ) -> int:
@@ -69,7 +72,8 @@ def boot(
         raise SoftTdxError("--exec and --add need the initramfs that softtdx makes: leave --initrd out")
     if vm and debug_td:
         raise SoftTdxError("an ordinary VM has no ATTRIBUTES: --vm goes without --debug-td")
-    image, ramdisk = _images(kernel, initrd, command, add)
+    agent = name is not None and not vm
+    image, ramdisk = _images(kernel, initrd, command, add, agent=agent)
     description = describe(platform)
     if vcpus > 1:
         # Virtual TSCs count each processor's own instructions; a kernel wants those of all in step.
@@ -80,10 +84,11 @@ def boot(
     with ExitStack() as stack:
         host = boot_host(description, tdx=not vm)
         quoting = None if vm else QuotingService(host.platform)
-        config = MachineConfig(memory=memory, vcpus=vcpus, vm=vm, debug_td=debug_td)
+        config = MachineConfig(memory=memory, vcpus=vcpus, vm=vm, debug_td=debug_td, agent=agent)
         terminal = stack.enter_context(Terminal(quiet=as_json, interactive=command is None and not as_json))
         stack.enter_context(write_trace(host.platform.events, trace))
         machine = stack.enter_context(LinuxMachine(host, config, console=terminal.output, quoting=quoting))
+        stack.enter_context(announced(name, machine, Path(kernel).name if kernel is not None else "Linux"))
         machine.vm.idle_in_real_time = terminal.interactive
         if drive is not None:
             machine.add_drive(stack.enter_context(_open_drive(drive)))
@@ -106,7 +111,9 @@ def _with_room(description: PlatformDescription, memory: int) -> PlatformDescrip
     return replace(description, ram=(*description.ram, more), cmrs=(*description.cmrs, more))
 
 
-def _images(kernel: str | None, initrd: str | None, command: str | None, add: tuple[str, ...]) -> tuple[BzImage, bytes]:
+def _images(
+    kernel: str | None, initrd: str | None, command: str | None, add: tuple[str, ...], *, agent: bool
+) -> tuple[BzImage, bytes]:
     from softtdx.vmm.images import cached_images, pull_images
 
     image = load_bzimage(kernel) if kernel is not None else None
@@ -121,7 +128,7 @@ def _images(kernel: str | None, initrd: str | None, command: str | None, add: tu
     ramdisk = (
         _read_initrd(initrd)
         if initrd is not None
-        else build_initramfs(images, command, {f"root/{Path(file).name}": Path(file) for file in add})
+        else build_initramfs(images, command, {f"root/{Path(file).name}": Path(file) for file in add}, agent=agent)
     )
     return image, ramdisk
 

@@ -127,14 +127,15 @@ def boot_of_window(window: bytes) -> LinuxBoot:
 @click.argument("payload", type=click.Path())
 @click.option("--memory", type=SIZE, default="64M", show_default=True, help="Guest memory, as for `softtdx run`.")
 @click.option("--vcpus", type=int, default=1, show_default=True)
+@click.option("--agent", is_flag=True, help="With the agent that --name of `softtdx run` loads.")
 @json_option
-def measure_payload(payload: str, memory: int, vcpus: int, as_json: bool) -> None:
-    """The MRTD of `softtdx run PAYLOAD` with the same --memory and --vcpus."""
+def measure_payload(payload: str, memory: int, vcpus: int, agent: bool, as_json: bool) -> None:
+    """The MRTD of `softtdx run PAYLOAD` with the same --memory and --vcpus, and --agent for one with --name."""
     from softtdx.attest.measure import Region, mrtd_of  # for this command only
     from softtdx.vmm import load_payload
     from softtdx.vmm.launcher import FIRMWARE_BASE, firmware_image, lay_out
 
-    layout = lay_out(load_payload(payload), memory, vcpus)
+    layout = lay_out(load_payload(payload), memory, vcpus, agent=agent)
     regions = [Region(FIRMWARE_BASE, firmware_image(layout)), *(Region(*part) for part in layout.present)]
     show({"mrtd": mrtd_of(regions).hex()}, as_json)
 

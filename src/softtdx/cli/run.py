@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from softtdx.cli.console import SIZE, LiveConsole, result_json
+from softtdx.cli.running import announced, name_option
 from softtdx.errors import SoftTdxError
 from softtdx.kvm import Host
 from softtdx.vmm import End, Machine, MachineConfig, MachineResult, Payload, load_payload
@@ -26,6 +27,7 @@ __all__ = ["COMMANDS"]
 @click.option("--vm", is_flag=True, help="Run it as an ordinary VM instead of a TD.")
 @click.option("--debug-td", is_flag=True, help="Set ATTRIBUTES.DEBUG: the host may look into the TD.")
 @click.option("--platform", type=click.Path(), metavar="FILE.toml", help="The machine to simulate.")
+@name_option
 @click.option("--quote-out", type=click.Path(), metavar="FILE", help="Write the quote that the guest asked for.")
 @click.option("--trace", type=click.Path(), metavar="FILE", help="Write every wall crossing as JSON lines.")
 @click.option(
@@ -39,6 +41,7 @@ def run(
     vm: bool,
     debug_td: bool,
     platform: str | None,
+    name: str | None,
     quote_out: str | None,
     trace: str | None,
     record: str | None,
@@ -56,9 +59,9 @@ def run(
     if vm and record:
         raise SoftTdxError("an ordinary VM does not use the TDX module: --vm goes without --record")
     program = load_payload(payload)
-    config = MachineConfig(memory=memory, vcpus=vcpus, vm=vm, debug_td=debug_td)
+    config = MachineConfig(memory=memory, vcpus=vcpus, vm=vm, debug_td=debug_td, agent=name is not None and not vm)
     with _host(platform, tdx=not vm, record=record, trace=trace) as host:
-        return _run(host, program, config, quote_out, as_json=as_json)
+        return _run(host, program, config, quote_out, name, as_json=as_json)
 
 
 @contextmanager
@@ -81,12 +84,14 @@ def _host(platform: str | None, *, tdx: bool, record: str | None, trace: str | N
         yield host
 
 
-def _run(host: Host, program: Payload, config: MachineConfig, quote_out: str | None, *, as_json: bool) -> int:
+def _run(
+    host: Host, program: Payload, config: MachineConfig, quote_out: str | None, name: str | None, *, as_json: bool
+) -> int:
     vm = config.vm
     events = host.platform.events
     quoting = None if vm else QuotingService(host.platform)
     live = None if as_json else LiveConsole()
-    with Machine(host, config, console=live, quoting=quoting) as machine:
+    with Machine(host, config, console=live, quoting=quoting) as machine, announced(name, machine, program.name):
         machine.load(program)
         result = machine.run()
     if live is not None:

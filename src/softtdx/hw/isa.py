@@ -8,6 +8,7 @@ INVEPT, PCONFIG, SEAMOPS, RDRAND/RDSEED, RDTSC, XSAVES/XRSTORS. SEAMRET is the r
 
 from typing import TYPE_CHECKING, Protocol
 
+from softtdx._silicon import HeldLocks, LockWords, PamtPath
 from softtdx.hw.description import CpuidValues
 from softtdx.hw.registers import Registers
 from softtdx.hw.seamops import SeamIdentity, SeamOpsStatus
@@ -15,7 +16,7 @@ from softtdx.hw.seamops import SeamIdentity, SeamOpsStatus
 if TYPE_CHECKING:
     from softtdx.hw.lp import LogicalProcessor
 
-__all__ = ["SeamCpu", "SeamSoftware"]
+__all__ = ["HeldLocks", "LockWords", "PamtPath", "SeamCpu", "SeamSoftware"]
 
 
 class SeamSoftware(Protocol):
@@ -38,6 +39,7 @@ class SeamCpu:
         "cas64",
         "copy_page",
         "core",
+        "extend_sha384",
         "gpr",
         "gprs",
         "index",
@@ -59,6 +61,7 @@ class SeamCpu:
         "vmptrld",
         "vmread",
         "vmwrite",
+        "walk_ept",
         "wr8",
         "wr16",
         "wr32",
@@ -83,6 +86,7 @@ class SeamCpu:
         self.wr8, self.wr16, self.wr32, self.wr64 = core.wr8, core.wr16, core.wr32, core.wr64
         self.read, self.write, self.cas64 = core.read, core.write, core.cas64
         self.zero_page, self.copy_page = core.zero_page, core.copy_page
+        self.walk_ept, self.extend_sha384 = core.walk_ept, core.extend_sha384
         self.vmread, self.vmwrite, self.vmptrld, self.vmclear = (
             core.vmread,
             core.vmwrite,

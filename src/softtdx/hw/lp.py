@@ -97,9 +97,10 @@ class LogicalProcessor:
             regs = Registers(**operands)
         if self.mode is not _VMX_ROOT:
             raise self._wrong_mode("SEAMCALL")
-        if self._tsc_seen != self.platform.tsc:
+        platform = self.platform
+        if self._tsc_seen != platform.tsc:
             self._follow_tsc()
-        seam = self.platform.seam
+        seam = platform.seam
         if not seam.enabled:
             raise GeneralProtection("SEAMCALL before SEAMRR is enabled")
         leaf = regs.rax
@@ -107,7 +108,7 @@ class LogicalProcessor:
         software = seam.loader if to_loader else seam.module
         if software is None:
             raise VmFail("SEAMCALL: the SEAM software is not loaded")
-        events = self.platform.events
+        events = platform.events
         events.counts["seamldr" if to_loader else "seamcall"] += 1
         given = regs.values() if events.active else ()
         core = self.core

@@ -1,8 +1,11 @@
 """The machine as its firmware hands it over: memory, KeyIDs, SEAMRR, logical processors, report key."""
 
+import gc
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from threading import Lock
+from typing import Final
+from weakref import WeakSet
 
 from softtdx._silicon import Memory
 from softtdx.abi.msrs import (
@@ -54,11 +57,26 @@ class SeamRange:
             self.loader = None
 
 
+_powered_on: "WeakSet[Platform]" = WeakSet()
+_COLLECT_ABOVE: Final = 256 << 20  # bytes of DRAM
+
+
+def _collect_forgotten_platforms() -> None:
+    """Free the machines that nobody uses any more, if they may hold much.
+
+    A machine's parts refer to each other, so only Python's cycle collector frees it, and that one counts objects: it
+    does not see that a few of them hold a gigabyte of DRAM.
+    """
+    if sum(platform.memory.resident() for platform in list(_powered_on)) > _COLLECT_ABOVE:
+        gc.collect()
+
+
 class Platform:
     """One machine, powered on, with TME and SEAMRR set up by its firmware and all processors in VMX root mode."""
 
     def __init__(self, description: PlatformDescription | None = None) -> None:
         """Power on the machine that `description` (default: the preset "spr") describes."""
+        _collect_forgotten_platforms()
         d = description or preset("spr")
         self.description = d
         self.memory = Memory(
@@ -83,6 +101,7 @@ class Platform:
         self._keys: dict[int, set[int]] = {}  # KeyID -> packages it is programmed on
         self._msrs = self._fixed_msrs()
         self.memory.write(self.seam.base, self._mcheck_table(), seam=True)
+        _powered_on.add(self)
 
     def rdmsr(self, msr: int) -> int | None:
         """MSRs that the description or the platform's set-up fixes; None for the others."""

@@ -27,6 +27,7 @@ class GuestMemfd:
         self._memory = memory
         self._lock = RLock()
         self._pages: dict[int, int] = {}
+        self._blocks: dict[int, int] = {}  # number of a 2 MiB part -> its block; its pages are not in `_pages`
         self._homes: dict[int, int] = {}  # number of a 2 MiB part -> the block that its pages came from
         self._bindings: list[tuple[int, int, Callable[[int, int], None]]] = []
 
@@ -48,6 +49,9 @@ class GuestMemfd:
     def get_page(self, index: int) -> int:
         """The 4 KiB page at `index`."""
         with self._lock:
+            whole = self._blocks.get(index // _HUGE)
+            if whole is not None:
+                return whole + index % _HUGE * PAGE
             pa = self._pages.get(index)
             if pa is None:
                 # Back where it was, if it came from a large page: then that can become one again.
@@ -60,6 +64,7 @@ class GuestMemfd:
     def replace(self, index: int, page: int) -> int:
         """The page at `index` was moved to `page`; returns the old one, now the caller's."""
         with self._lock:
+            self._split(index // _HUGE)
             old, self._pages[index] = self._pages[index], page
             if index % _HUGE == 0 and page % PAGE_2M == 0:
                 self._homes[index // _HUGE] = page
@@ -67,7 +72,13 @@ class GuestMemfd:
 
     def get_huge_page(self, index: int) -> int | None:
         """The aligned, contiguous 2 MiB block at `index`; None when it cannot be one."""
+        number, first = divmod(index, _HUGE)
+        if first:
+            return None
         with self._lock:
+            block = self._blocks.get(number)
+            if block is not None:
+                return block
             pa = self._pages.get(index)
             if pa is not None:
                 whole = pa % PAGE_2M == 0 and all(self._pages.get(index + i) == pa + i * PAGE for i in range(_HUGE))
@@ -78,10 +89,15 @@ class GuestMemfd:
                 pa = self._memory.alloc(_HUGE, align=PAGE_2M)
             except KvmError:
                 return None
-            indexes, pages = range(index, index + _HUGE), range(pa, pa + PAGE_2M, PAGE)
-            self._pages.update(zip(indexes, pages, strict=True))
-            self._homes[index // _HUGE] = pa
+            self._blocks[number] = self._homes[number] = pa
             return pa
+
+    def _split(self, number: int) -> None:
+        """From now on the pages of a 2 MiB part go their own ways."""
+        block = self._blocks.pop(number, None)
+        if block is not None:
+            first = number * _HUGE
+            self._pages.update(zip(range(first, first + _HUGE), range(block, block + PAGE_2M, PAGE), strict=True))
 
     def punch_hole(self, offset: int, length: int) -> None:
         """fallocate(FALLOC_FL_PUNCH_HOLE): unmap the range from the VM and free its pages. EINVAL if misaligned."""
@@ -95,21 +111,33 @@ class GuestMemfd:
 
     def allocated_pages(self) -> int:
         """How many pages the file has."""
-        return len(self._pages)
+        return len(self._pages) + len(self._blocks) * _HUGE
 
     def close(self) -> None:
         """The last reference is gone: free every page. One that TDX did not give back is lost, not reused."""
-        self._pages = {index: pa for index, pa in self._pages.items() if not self._memory.is_tdx(pa)}
+        with self._lock:
+            for number, block in list(self._blocks.items()):
+                if self._memory.is_tdx(block, _HUGE):
+                    self._split(number)
+            self._pages = {index: pa for index, pa in self._pages.items() if not self._memory.is_tdx(pa)}
         self._free(range(self.size // PAGE))
 
     def _free(self, indexes: range) -> None:
+        first, last = indexes.start, indexes.stop - 1
         with self._lock:
+            for edge in {first // _HUGE, last // _HUGE}:
+                if not (first <= edge * _HUGE and edge * _HUGE + _HUGE - 1 <= last):
+                    self._split(edge)
+            parts = range(-(-first // _HUGE), (last + 1) // _HUGE)
+            blocks = [self._blocks.pop(number) for number in list(self._blocks) if number in parts]
             found = (
                 [i for i in indexes if i in self._pages]
                 if len(indexes) < len(self._pages)
                 else sorted(i for i in self._pages if i in indexes)
             )
             pages = [self._pages.pop(index) for index in found]
+        for block in blocks:
+            self._memory.free(block, _HUGE)
         for start, count in _runs(pages):
             self._memory.free(start, count)
 

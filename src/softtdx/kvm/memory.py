@@ -7,7 +7,7 @@ touched with a shared KeyID until they have been reclaimed, and must be back bef
 
 import errno
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from threading import RLock
 
 from softtdx.hw import Platform
@@ -18,6 +18,7 @@ __all__ = ["PAGE", "PAGE_2M", "HostMemory"]
 PAGE = 4096
 PAGE_2M = 2 << 20
 PAGE_1G = 1 << 30
+_BLOCK = PAGE_2M // PAGE
 _MAX_ORDER = 18  # 1 GiB
 _LOW_MEMORY = 1 << 20  # left to firmware, as every kernel does
 
@@ -42,6 +43,7 @@ class HostMemory:
         self.total_pages = sum(end - start for start, end in self.ranges) // PAGE
         self.free_pages = self.total_pages
         self._tdx_pages: dict[int, str] = {}
+        self._tdx_blocks: dict[int, str] = {}  # 2 MiB that went as one; none of its pages is in `_tdx_pages`
 
     # --- allocation
     def alloc(
@@ -106,10 +108,9 @@ class HostMemory:
     def free(self, pa: int, pages: int = 1) -> None:
         """Give pages back. A page that TDX still owns is a bug of the caller: RuntimeError."""
         with self._lock:
-            freed = range(pa, pa + pages * PAGE, PAGE)
-            if not self._tdx_pages.keys().isdisjoint(freed):
-                owned = next(page for page in freed if page in self._tdx_pages)
-                raise RuntimeError(f"page {owned:#x} is freed while TDX owns it ({self._tdx_pages[owned]})")
+            owned = next(self._owned(pa, pages), None)
+            if owned is not None:
+                raise RuntimeError(f"page {owned[0]:#x} is freed while TDX owns it ({owned[1]})")
             self._add(pa, pa + pages * PAGE)
             self.free_pages += pages
 
@@ -134,27 +135,54 @@ class HostMemory:
     def give_to_tdx(self, pa: int, use: str, pages: int = 1) -> None:
         """Note that the pages now belong to the TDX module, as `use`."""
         with self._lock:
-            self._tdx_pages.update(dict.fromkeys(range(pa, pa + pages * PAGE, PAGE), use))
+            if pages == 1:
+                self._tdx_pages[pa] = use
+            elif pages == _BLOCK and not pa % PAGE_2M:
+                self._tdx_blocks[pa] = use
+            else:
+                self._tdx_pages.update(dict.fromkeys(range(pa, pa + pages * PAGE, PAGE), use))
 
     def take_from_tdx(self, pa: int, pages: int = 1) -> None:
         """Note that the pages are the host's again."""
         with self._lock:
+            if pages == _BLOCK and pa in self._tdx_blocks:
+                del self._tdx_blocks[pa]
+                return
+            for block in range(pa & -PAGE_2M, pa + pages * PAGE, PAGE_2M):
+                use = self._tdx_blocks.pop(block, None)
+                if use is not None:
+                    self._tdx_pages.update(dict.fromkeys(range(block, block + PAGE_2M, PAGE), use))
             for page in range(pa, pa + pages * PAGE, PAGE):
                 self._tdx_pages.pop(page, None)
+
+    def _owned(self, pa: int, pages: int) -> Iterator[tuple[int, str]]:
+        """The pages of a range that TDX owns, one of a block for all of it, and their use."""
+        end = pa + pages * PAGE
+        for block in range(pa & -PAGE_2M, end, PAGE_2M):
+            if block in self._tdx_blocks:
+                yield max(block, pa), self._tdx_blocks[block]
+        inside = range(pa, end, PAGE)
+        if not self._tdx_pages.keys().isdisjoint(inside):
+            yield from ((page, self._tdx_pages[page]) for page in inside if page in self._tdx_pages)
 
     def tdx_pages(self) -> Counter[str]:
         """How many pages TDX owns, by use."""
         with self._lock:
-            return Counter(self._tdx_pages.values())
+            total = Counter(self._tdx_pages.values())
+            for use, blocks in Counter(self._tdx_blocks.values()).items():
+                total[use] += blocks * _BLOCK
+            return total
 
-    def is_tdx(self, pa: int) -> bool:
-        """Whether TDX owns the page."""
-        return pa in self._tdx_pages
+    def is_tdx(self, pa: int, pages: int = 1) -> bool:
+        """Whether TDX owns a page, or any of several."""
+        with self._lock:
+            return next(self._owned(pa, pages), None) is not None
 
     def leaked(self) -> Iterable[int]:
         """The pages that TDX owns."""
         with self._lock:
-            return sorted(self._tdx_pages)
+            blocks = [page for block in self._tdx_blocks for page in range(block, block + PAGE_2M, PAGE)]
+            return sorted([*self._tdx_pages, *blocks])
 
     # --- the kernel's own accesses, with KeyID 0
     def rd64(self, pa: int) -> int:

@@ -8,7 +8,6 @@ import errno
 from enum import Enum, auto
 
 from softtdx.abi import sept
-from softtdx.abi.kvm import KvmExit
 from softtdx.hw import LogicalProcessor
 from softtdx.kvm.ept import Ept
 from softtdx.kvm.errors import KvmError
@@ -16,7 +15,6 @@ from softtdx.kvm.memory import PAGE, PAGE_2M
 from softtdx.kvm.memslots import Memslot
 from softtdx.kvm.mirror import SecureEpt
 from softtdx.kvm.page_moves import note_promotable
-from softtdx.kvm.uapi import MemoryFaultExit
 from softtdx.kvm.vcpu import Vcpu
 from softtdx.kvm.vm import Vm
 
@@ -112,8 +110,7 @@ def map_private(vm: Vm, lp: LogicalProcessor, secure: SecureEpt, slot: Memslot, 
 
 
 def _tell_user(vcpu: Vcpu, gpa: int, *, private: bool) -> Fault:
-    vcpu.kvm_run.memory_fault = MemoryFaultExit(gpa, PAGE, private)
-    vcpu.exit_to_user(KvmExit.MEMORY_FAULT)
+    vcpu.exit_for_memory(gpa, PAGE, private=private)
     return Fault.USER
 
 

@@ -6,8 +6,8 @@ SEAMRET left them; RAX is the status. `expect` is for calls that KVM has no answ
 
 import errno
 
+from softtdx.abi.leaves import VERSION_SHIFT
 from softtdx.abi.leaves import SeamcallLeaf as Leaf
-from softtdx.abi.leaves import rax_for
 from softtdx.abi.status import Status, status_of
 from softtdx.hw import LogicalProcessor, Registers
 from softtdx.hw.faults import ModeFault, VmFail
@@ -17,17 +17,28 @@ __all__ = ["BUSY", "enter", "expect", "seamcall"]
 
 _ENTROPY_RETRIES = 10
 _BUSY_RETRIES = 10_000
-_DETAIL = 0xFFFF_FFFF
+_EXTEND_CHUNK = 256
+_MR_EXTEND = int(Leaf.MR_EXTEND)
 BUSY = frozenset({Status.OPERAND_BUSY, Status.OPERAND_BUSY_HOST_PRIORITY})
 
 
-def seamcall(lp: LogicalProcessor, leaf: Leaf, version: int = 0, **operands: int) -> Registers:
+def seamcall(
+    lp: LogicalProcessor,
+    leaf: int,
+    version: int = 0,
+    *,
+    rcx: int = 0,
+    rdx: int = 0,
+    r8: int = 0,
+    r9: int = 0,
+    r10: int = 0,
+    r11: int = 0,
+) -> Registers:
     """One SEAMCALL; a lack of entropy is tried again, as the kernel does."""
     for _ in range(_ENTROPY_RETRIES):
         regs = Registers()
-        regs.rax = rax_for(leaf, version)
-        for name, value in operands.items():
-            setattr(regs, name, value)
+        regs.rax = leaf | version << VERSION_SHIFT
+        regs.rcx, regs.rdx, regs.r8, regs.r9, regs.r10, regs.r11 = rcx, rdx, r8, r9, r10, r11
         enter(lp, regs)
         if regs.rax == 0 or status_of(regs.rax) is not Status.RND_NO_ENTROPY:
             break
@@ -134,9 +145,14 @@ def mng_key_freeid(lp: LogicalProcessor, tdr: int) -> None:
     call(lp, Leaf.MNG_KEY_FREEID, rcx=tdr)
 
 
-def mr_extend(lp: LogicalProcessor, tdr: int, gpa: int) -> None:
-    """TDH.MR.EXTEND: measure 256 bytes."""
-    call(lp, Leaf.MR_EXTEND, rcx=gpa, rdx=tdr)
+def mr_extend(lp: LogicalProcessor, tdr: int, gpa: int, size: int = _EXTEND_CHUNK) -> None:
+    """TDH.MR.EXTEND: measure memory, 256 bytes a call."""
+    regs = Registers()
+    for chunk in range(gpa, gpa + size, _EXTEND_CHUNK):
+        regs.rax, regs.rcx, regs.rdx = _MR_EXTEND, chunk, tdr
+        enter(lp, regs)
+        if regs.rax:
+            call(lp, Leaf.MR_EXTEND, rcx=chunk, rdx=tdr)
 
 
 def mr_finalize(lp: LogicalProcessor, tdr: int) -> None:

@@ -2,15 +2,18 @@
 
 import errno
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from threading import RLock
 from typing import TYPE_CHECKING
 
-from softtdx.abi.kvm import MEMORY_ATTRIBUTE_PRIVATE, KvmCap, MemorySlotFlag
+from softtdx.abi.kvm import HC_MAP_GPA_RANGE, MEMORY_ATTRIBUTE_PRIVATE, KvmCap, MemorySlotFlag, MsrExitReason
+from softtdx.abi.kvm_structs import IrqRoutingEntry
 from softtdx.kvm.ept import Ept
 from softtdx.kvm.errors import KvmError
+from softtdx.kvm.eventfd import Eventfd, IoBus, Irqfds
 from softtdx.kvm.guest_memfd import GuestMemfd
+from softtdx.kvm.irq_routing import IrqRouting
 from softtdx.kvm.lapic import deliver_msi
 from softtdx.kvm.memory import PAGE, PAGE_2M
 from softtdx.kvm.memslots import Memslot, Memslots, PrivateRanges
@@ -20,9 +23,12 @@ from softtdx.kvm.x86_ops import choose
 if TYPE_CHECKING:
     from softtdx.kvm.kvm import Kvm
 
-__all__ = ["Vm"]
+__all__ = ["HYPERCALL_EXITS", "Vm"]
 
 _MAX_GPA = 1 << 52
+_IOAPIC_PINS = 24
+_X2APIC_API_FLAGS = 3  # KVM_X2APIC_API_USE_32BIT_IDS, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK
+HYPERCALL_EXITS = 1 << HC_MAP_GPA_RANGE
 
 
 class Vm:
@@ -48,6 +54,14 @@ class Vm:
         self.closed = False
         self.irqchip = False
         self.idle_in_real_time = False
+        self.wide_apic_ids = False
+        self.boot_cpu = 0
+        self.hypercall_exits = 0  # KVM_CAP_EXIT_HYPERCALL: which hypercalls user space answers
+        self.user_space_msrs = 0  # KVM_CAP_X86_USER_SPACE_MSR: which unknown MSRs it answers
+        self.tsc_khz = kvm.host.platform.description.tsc_hz // 1000
+        self.io_bus = IoBus()
+        self.routing = IrqRouting()
+        self.irqfds = Irqfds(lambda gsi: self.set_irq(gsi, 1))
         self.ept: Ept | None = None
         self.ops = choose(self)
 
@@ -63,6 +77,8 @@ class Vm:
             return MEMORY_ATTRIBUTE_PRIVATE if self.ops.has_private_memory else 0
         if cap == KvmCap.GUEST_MEMFD:
             return int(self.ops.has_private_memory)
+        if cap in (KvmCap.MAX_VCPUS, KvmCap.MAX_VCPU_ID):
+            return self.ops.max_vcpus
         return self.kvm.check_extension(cap)
 
     # --- memory
@@ -158,12 +174,48 @@ class Vm:
         with self.mmu():
             return self.ops.collapse_private(address)
 
+    # --- what is chosen once
+    def enable_cap(self, cap: int, *args: int) -> None:
+        """KVM_ENABLE_CAP of the VM. EINVAL for a capability that cannot be enabled, or for arguments it does not take.
+
+        KVM_CAP_SPLIT_IRQCHIP, X2APIC_API, EXIT_HYPERCALL, X86_USER_SPACE_MSR.
+        """
+        self._alive()
+        first = args[0] if args else 0
+        if cap == KvmCap.SPLIT_IRQCHIP and first <= _IOAPIC_PINS:
+            self.create_irqchip()
+        elif cap == KvmCap.X2APIC_API and not first & ~_X2APIC_API_FLAGS:
+            self.wide_apic_ids = self.wide_apic_ids or bool(first & 1)
+        elif cap == KvmCap.EXIT_HYPERCALL and not first & ~HYPERCALL_EXITS:
+            self.hypercall_exits = first
+        elif cap == KvmCap.X86_USER_SPACE_MSR and not first & ~sum(MsrExitReason):
+            self.user_space_msrs = first
+        else:
+            raise KvmError(errno.EINVAL, f"KVM_ENABLE_CAP of capability {cap} with {first:#x}")
+
+    def set_tsc_khz(self, khz: int) -> None:
+        """KVM_SET_TSC_KHZ: what a TD's TSC will count. EINVAL after the first vCPU, or where it cannot be scaled."""
+        self._alive()
+        now = self.host.platform.description.tsc_hz // 1000
+        if self.vcpus or khz < 0 or (not self.ops.has_private_memory and khz not in (0, now)):
+            raise KvmError(errno.EINVAL, f"a TSC of {khz} kHz for this VM")
+        self.tsc_khz = khz or now
+
+    def set_boot_cpu(self, vcpu_id: int) -> None:
+        """KVM_SET_BOOT_CPU_ID: which vCPU's IA32_APIC_BASE has the BSP bit. EBUSY after the first vCPU."""
+        self._alive()
+        if self.vcpus:
+            raise KvmError(errno.EBUSY, "KVM_SET_BOOT_CPU_ID after the first vCPU")
+        if not 0 <= vcpu_id < self.ops.max_vcpus:
+            raise KvmError(errno.EINVAL, f"vCPU id {vcpu_id}")
+        self.boot_cpu = vcpu_id
+
     # --- interrupts
     def create_irqchip(self) -> None:
         """KVM_CAP_SPLIT_IRQCHIP: vCPUs get local APICs, and HLT waits in the kernel. EEXIST once vCPUs exist."""
         self._alive()
-        if self.vcpus:
-            raise KvmError(errno.EEXIST, "KVM_CAP_SPLIT_IRQCHIP after the first vCPU")
+        if self.vcpus or self.irqchip:
+            raise KvmError(errno.EEXIST, "KVM_CAP_SPLIT_IRQCHIP twice, or after the first vCPU")
         self.irqchip = True
 
     def signal_msi(self, address: int, data: int) -> bool:
@@ -172,14 +224,32 @@ class Vm:
             raise KvmError(errno.EINVAL, "KVM_SIGNAL_MSI without local APICs")
         return deliver_msi([vcpu.apic for vcpu in list(self.vcpus.values()) if vcpu.apic is not None], address, data)
 
+    def set_gsi_routing(self, entries: Sequence[IrqRoutingEntry]) -> None:
+        """KVM_SET_GSI_ROUTING. EINVAL without local APICs."""
+        if not self.irqchip:
+            raise KvmError(errno.EINVAL, "KVM_SET_GSI_ROUTING without local APICs")
+        self.routing.set(entries, wide_apic_ids=self.wide_apic_ids)
+
+    def set_irq(self, gsi: int, level: int) -> int:
+        """KVM_IRQ_LINE: how many local APICs took what the GSI stands for; -1 if none. ENXIO without local APICs."""
+        if not self.irqchip:
+            raise KvmError(errno.ENXIO, "an interrupt line without local APICs")
+        routes = self.routing.of(gsi)
+        taken = [self.signal_msi(address, data) for address, data in routes] if level else []
+        return sum(taken) if any(taken) else -1 if routes else 0
+
+    def irqfd(self, eventfd: Eventfd, gsi: int, flags: int = 0) -> None:
+        """KVM_IRQFD: raise a GSI whenever the eventfd is signalled. EAGAIN without local APICs."""
+        if not self.irqchip:
+            raise KvmError(errno.EAGAIN, "KVM_IRQFD without local APICs")
+        self.irqfds.change(eventfd, gsi, flags)
+
     # --- vCPUs
     def create_vcpu(self, vcpu_id: int) -> Vcpu:
         """KVM_CREATE_VCPU. EEXIST for an id in use, EINVAL for one out of range."""
-        from softtdx.kvm.kvm import MAX_VCPUS
-
         self._alive()
-        if not 0 <= vcpu_id < MAX_VCPUS:
-            raise KvmError(errno.EINVAL, f"vCPU id {vcpu_id}, must be 0 to {MAX_VCPUS - 1}")
+        if not 0 <= vcpu_id < self.ops.max_vcpus:
+            raise KvmError(errno.EINVAL, f"vCPU id {vcpu_id}, must be 0 to {self.ops.max_vcpus - 1}")
         if vcpu_id in self.vcpus:
             raise KvmError(errno.EEXIST, f"vCPU {vcpu_id} exists")
         vcpu = Vcpu(self, vcpu_id)
@@ -211,6 +281,7 @@ class Vm:
         if self.closed:
             return
         self.closed = True
+        self.irqfds.close()
         trouble: KvmError | None = None
         try:
             for vcpu in self.vcpus.values():

@@ -5,11 +5,11 @@ A logical processor serves one SEAMCALL at a time, so its `Call` is made once an
 
 from typing import TYPE_CHECKING, Any
 
-from softtdx.hw.isa import SeamCpu
+from softtdx.hw.isa import HeldLocks, SeamCpu
 from softtdx.hw.registers import Registers
 
 from .errors import LeafError
-from .locks import HELD, READER, LockTable
+from .locks import LockTable
 
 if TYPE_CHECKING:
     from .state import GlobalState
@@ -55,46 +55,33 @@ class Call:
         self.busy = False
         self.serial = 0
         self.again: Any = None
-        self.held: list[tuple[int, bool]] = []
+        self.held = HeldLocks(g.locks.words)
         self.lp_initialized = False
         self.vp: Any = None
 
     def alone(self) -> bool:
         """Whether no other processor is in SEAM mode. When nobody comes in later (`serial`), nothing changes."""
-        for other in tuple(self.module.calls.values()):  # noqa: SIM110  a generator costs more than the rest
+        for other in self.module.processors:  # noqa: SIM110  a generator costs more than the rest
             if other.busy and other is not self:
                 return False
         return True
 
     def lock(self, key: int, exclusive: bool, operand: int, *, guest: bool = False) -> None:
         """Take a lock for the rest of the leaf. LeafError OPERAND_BUSY[_HOST_PRIORITY] with `operand`."""
-        busy = self.locks.acquire(key, exclusive, guest)
-        if busy:
-            raise LeafError(busy, operand)
-        self.held.append((key, exclusive))
+        if not self.held.take(key, exclusive):
+            busy = self.locks.acquire(key, exclusive, guest)
+            if busy:
+                raise LeafError(busy, operand)
+            self.held.note(key, exclusive)
 
     def unlock(self, key: int, exclusive: bool) -> None:
         """Give a lock back before the leaf is over."""
-        self.held.remove((key, exclusive))
-        self.locks.release(key, exclusive)
+        self.held.release(key, exclusive)
 
     def release_since(self, mark: int) -> None:
         """Give back the locks taken since `len(call.held)` was `mark`: a TDCALL ends, the vCPU's own locks stay."""
-        held = self.held
-        locks = self.locks
-        with locks.mutex:
-            while len(held) > mark:
-                locks.release_locked(*held.pop())
+        self.held.release_to(mark)
 
     def release_all(self) -> None:
         """Give back every lock of this leaf, the last first."""
-        locks = self.locks
-        held = self.held
-        state = locks.state
-        with locks.mutex:
-            for key, exclusive in reversed(held):
-                if state[key] == (HELD if exclusive else READER):  # nearly always: nobody else held it or wanted it
-                    del state[key]
-                else:
-                    locks.release_locked(key, exclusive)
-        held.clear()
+        self.held.release_to()

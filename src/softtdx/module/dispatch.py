@@ -48,6 +48,7 @@ class TdxModule:
         """`sysinfo`: the SYS_INFO_TABLE that the loader wrote (4 KiB). `cpu`: the processor that finished the load."""
         self.g = GlobalState(sysinfo)
         self._calls: dict[int, Call] = {}
+        self.processors: tuple[Call, ...] = ()  # the same, for who looks through all of them at every call
         self._next_serial = count(1).__next__
         self._tables = {state: _table_for(state) for state in SysState}
         self._table = self._tables[SysState.INIT_PENDING]
@@ -57,7 +58,7 @@ class TdxModule:
         """SEAMCALL: `regs` holds the operands and afterwards the results. MachineCheck passes through."""
         call = self._calls.get(cpu.index)
         if call is None:
-            call = self._calls.setdefault(cpu.index, Call(self, self.g, cpu))
+            call = self._first_call(cpu)
         call.regs = regs
         call.busy = True  # before the state is looked at: TDH.SYS.SHUTDOWN sets the state, then looks who is busy
         call.serial = self._next_serial()
@@ -76,9 +77,16 @@ class TdxModule:
                 f"leaf {rax & 0xFFFF:#x} met a structure that the module cannot have written: {found!r}"
             ) from found
         finally:
-            if call.held:
-                call.release_all()
+            call.held.release_to()
             call.busy = False
+
+    def _first_call(self, cpu: SeamCpu) -> Call:
+        """Per-LP data of a processor that has not called before. One thread is on a processor: it makes its own."""
+        call = Call(self, self.g, cpu)
+        with self.g.mutex:
+            self._calls[cpu.index] = call
+            self.processors = (*self.processors, call)
+        return call
 
     def call_of(self, lp_index: int) -> Call | None:
         """The per-LP data of a logical processor that has called at least once."""

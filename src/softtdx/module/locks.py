@@ -1,8 +1,8 @@
 """The module's locks: shared/exclusive try-locks, host priority among them.
 
 Nobody waits: an acquisition succeeds or fails at once (TDX Module Base Spec, "Concurrency Restrictions and Host
-Priority"). A lock is a small integer in one table, keyed by what it protects; the table's mutex is the lock prefix of
-the real module's atomic instructions and is held for a few bytecodes only.
+Priority"). A lock is a word that LOCK-prefixed instructions change (`hw.isa.LockWords`), keyed by what it protects;
+`Call.held` takes one that nobody else holds, and here is what is done about all the others.
 
 State of a lock: bit 0 exclusive, bit 1 host priority, bits above: number of shared holders. A free lock has no row.
 
@@ -10,10 +10,10 @@ Host priority: when the host finds a lock held it leaves a mark, and until the h
 OPERAND_BUSY_HOST_PRIORITY instead of getting it.
 """
 
-from threading import Lock
 from typing import Final
 
 from softtdx.abi.status import Status
+from softtdx.hw.isa import LockWords
 
 __all__ = ["BUSY", "BUSY_HOST_PRIORITY", "EXCLUSIVE", "HOST_PRIORITY", "READER", "SHARED", "LockTable"]
 
@@ -35,66 +35,56 @@ class LockTable:
     TDR | a number from `td.LockId` for a lock in that TD's TDCS, a negative number for a global lock.
     """
 
-    __slots__ = ("mutex", "state")
+    __slots__ = ("words",)
 
     def __init__(self) -> None:
         """No lock is held."""
-        self.mutex = Lock()
-        self.state: dict[int, int] = {}
+        self.words = LockWords()
+
+    @property
+    def state(self) -> dict[int, int]:
+        """Every lock that is not free, as it is now."""
+        return self.words.rows()
 
     def acquire(self, key: int, exclusive: bool, guest: bool = False) -> int:
         """0 when the lock was taken, else the status: OPERAND_BUSY or OPERAND_BUSY_HOST_PRIORITY."""
-        with self.mutex:
-            return self.acquire_locked(key, exclusive, guest)
-
-    def acquire_locked(self, key: int, exclusive: bool, guest: bool = False) -> int:
-        """The same for a caller that holds `mutex`."""
-        state = self.state
-        held = state.get(key, 0)
-        if not held:
-            state[key] = HELD if exclusive else READER
-            return 0
-        if guest and held & HOST_PRIORITY and (not exclusive or held == HOST_PRIORITY):
-            return BUSY_HOST_PRIORITY
-        if held & HELD or (exclusive and held & ~HOST_PRIORITY):
-            if not guest:
-                state[key] = held | HOST_PRIORITY
-            return BUSY
-        state[key] = HELD if exclusive else (held & ~HOST_PRIORITY) + READER
-        return 0
+        words = self.words
+        held = words.load(key)
+        while True:
+            if guest and held & HOST_PRIORITY and (not exclusive or held == HOST_PRIORITY):
+                return BUSY_HOST_PRIORITY
+            busy = held & HELD or (exclusive and held & ~HOST_PRIORITY)
+            if busy and guest:
+                return BUSY
+            taken = HELD if exclusive else (held & ~HOST_PRIORITY) + READER
+            new = held | HOST_PRIORITY if busy else taken
+            found = words.cas(key, held, new)
+            if found == held:
+                return BUSY if busy else 0
+            held = found
 
     def release(self, key: int, exclusive: bool) -> None:
-        """Give back what `acquire` gave. KeyError or ValueError here is a defect of the module, not of a caller."""
-        with self.mutex:
-            self.release_locked(key, exclusive)
-
-    def release_locked(self, key: int, exclusive: bool) -> None:
-        """The same for a caller that holds `mutex`."""
-        state = self.state
-        held = state[key]
-        left = held & HOST_PRIORITY if exclusive else held - READER
-        if left < 0 or bool(held & HELD) != exclusive:
-            raise ValueError(f"lock {key:#x} is released in a mode in which it is not held ({held:#x})")
-        if left:
-            state[key] = left
-        else:
-            del state[key]
+        """Give back what `acquire` gave. ValueError here is a defect of the module, not of a caller."""
+        self.words.release(key, exclusive)
 
     def promote(self, key: int) -> int:
         """Shared to exclusive: 0, or OPERAND_BUSY when there is another reader (the shared lock stays held)."""
-        with self.mutex:
-            held = self.state[key]
-            if held & ~HOST_PRIORITY == READER:
-                self.state[key] = HELD
-                return 0
-            self.state[key] = held | HOST_PRIORITY
-            return BUSY
+        words = self.words
+        held = words.load(key)
+        while True:
+            alone = held & ~HOST_PRIORITY == READER
+            found = words.cas(key, held, HELD if alone else held | HOST_PRIORITY)
+            if found == held:
+                return 0 if alone else BUSY
+            held = found
 
     def host_waits(self, key: int) -> bool:
         """Whether a host found this lock held, so that who holds it should hurry."""
-        return bool(self.state.get(key, 0) & HOST_PRIORITY)
+        return bool(self.words.load(key) & HOST_PRIORITY)
 
     def demote(self, key: int) -> None:
         """Exclusive to shared: cannot fail."""
-        with self.mutex:
-            self.state[key] = READER
+        words = self.words
+        held = words.load(key)
+        while (found := words.cas(key, held, READER)) != held:
+            held = found

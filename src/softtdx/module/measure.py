@@ -7,7 +7,7 @@ The measured stream is 128-byte records: TDH.MEM.PAGE.ADD puts one ("MEM.PAGE.AD
 import struct
 from typing import Final
 
-from softtdx._silicon import sha384_blocks, sha384_final, sha384_init
+from softtdx._silicon import sha384_final, sha384_init
 
 from . import tdcs
 from .td import Td
@@ -15,7 +15,6 @@ from .td import Td
 __all__ = ["abandon", "extend", "finish", "page_add_record", "start"]
 
 RECORD: Final = struct.Struct("<16sQ104x")
-CONTEXT_SIZE: Final = 72  # MRTD_STATE and, behind it, MRTD_LENGTH
 PAGE_ADD: Final = b"MEM.PAGE.ADD"
 MR_EXTEND: Final = b"MR.EXTEND"
 
@@ -38,13 +37,9 @@ def start(td: Td) -> None:
     _count(td, 1)
 
 
-def extend(td: Td, blocks: bytes) -> None:
-    """Add whole 128-byte blocks to the stream."""
-    cpu = td.call.cpu
-    at = td.p0 + tdcs.MRTD_STATE
-    context = cpu.read(at, CONTEXT_SIZE)
-    length = int.from_bytes(context[64:], "little") + len(blocks)
-    cpu.write(at, sha384_blocks(context[:64], blocks) + length.to_bytes(8, "little"))
+def extend(td: Td, record: bytes, source: int = 0, size: int = 0) -> None:
+    """Add a record to the stream, and `size` bytes from `source` (KeyID included): whole 128-byte blocks."""
+    td.call.cpu.extend_sha384(td.p0 + tdcs.MRTD_STATE, record, source, size)
 
 
 def abandon(td: Td) -> None:

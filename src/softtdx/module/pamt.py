@@ -24,7 +24,7 @@ from softtdx.hw.isa import SeamCpu
 from .atomics import add16
 from .context import Call
 from .errors import LeafError
-from .locks import EXCLUSIVE, HELD, READER
+from .locks import EXCLUSIVE, SHARED
 from .state import GlobalState, PamtBlock, Tdmr
 
 __all__ = [
@@ -289,67 +289,33 @@ def walk(
     call: Call, pa: int, block: PamtBlock, exclusive: bool, size: int, operand: int, guest: bool = False
 ) -> PamtPage:
     """Walk towards the entry of `pa` at `size`; the page returned may be at a larger level, where the walk ended."""
-    rd64 = call.cpu.rd64
-    locks = call.locks
-    held = call.held
-    state = locks.state
-    key_1g = pa & MASK_1G | KEY_1G
-    with locks.mutex:
-        # The 1 GiB entry.
-        address = block.e1g
-        first = rd64(address)
-        if size == 2 or first & TYPE_MASK:
-            return _lock_last(call, pa, 2, address, first, block, key_1g, exclusive, operand, guest)
-        lock = state.get(key_1g, 0)
-        if not lock & 3:  # the frequent case by hand: no exclusive holder, no host-priority mark
-            state[key_1g] = lock + READER
-        else:
-            _take(call, key_1g, operand, guest)
-        held.append((key_1g, False))
-        # The 2 MiB entry.
-        address = block.e2m + ((pa & 0x3FE0_0000) >> 17)
-        first = rd64(address)
-        key_2m = pa & MASK_2M | KEY_2M
-        if size == 1 or (first & TYPE_MASK) != block.node_type:
-            return _lock_last(call, pa, 1, address, first, block, key_2m, exclusive, operand, guest)
-        lock = state.get(key_2m, 0)
-        if not lock & 3:
-            state[key_2m] = lock + READER
-        else:
-            _take(call, key_2m, operand, guest)
-        held.append((key_2m, False))
-        # The 4 KiB entry.
-        address = entry_address(call.cpu, block, pa, 0) if block.dynamic else block.e4k + ((pa & 0x3FFF_F000) >> 8)
-        if not state.get(pa, 0):
-            state[pa] = HELD if exclusive else READER
-            held.append((pa, exclusive))
-            return PamtPage(call, pa, 0, address, rd64(address), block)
-        return _lock_last(call, pa, 0, address, rd64(address), block, pa, exclusive, operand, guest)
+    if not size and block.path is not None:
+        found = call.held.take_page(call.cpu.core, pa, block.path, exclusive)
+        if found is not None:  # nearly always: a 4 KiB entry, and nobody is in the way
+            return PamtPage(call, pa, 0, found[0], found[1], block)
+    mark = len(call.held)
+    while (page := _descend(call, pa, block, exclusive, size, operand, guest)) is None:
+        call.release_since(mark)
+    return page
 
 
-def _take(call: Call, key: int, operand: int, guest: bool) -> None:
-    busy = call.locks.acquire_locked(key, False, guest)
-    if busy:
-        raise LeafError(busy, operand)
-
-
-def _lock_last(
-    call: Call,
-    pa: int,
-    level: int,
-    address: int,
-    first: int,
-    block: PamtBlock,
-    key: int,
-    exclusive: bool,
-    operand: int,
-    guest: bool,
-) -> PamtPage:
-    busy = call.locks.acquire_locked(key, exclusive, guest)
-    if busy:
-        raise LeafError(busy, operand)
-    call.held.append((key, exclusive))
-    return PamtPage(call, pa, level, address, first, block)
+def _descend(
+    call: Call, pa: int, block: PamtBlock, exclusive: bool, size: int, operand: int, guest: bool
+) -> PamtPage | None:
+    """The walk level by level. None when an entry changed before its lock was taken: again from the top."""
+    cpu = call.cpu
+    for level, key, below in ((2, pa & MASK_1G | KEY_1G, NDA), (1, pa & MASK_2M | KEY_2M, block.node_type)):
+        address = entry_address(cpu, block, pa, level)
+        ends = size == level or cpu.rd64(address) & TYPE_MASK != below
+        call.lock(key, exclusive if ends else SHARED, operand, guest=guest)
+        first = cpu.rd64(address)
+        if ends != (size == level or first & TYPE_MASK != below):
+            return None
+        if ends:
+            return PamtPage(call, pa, level, address, first, block)
+    call.lock(pa, exclusive, operand, guest=guest)
+    address = entry_address(cpu, block, pa, 0)
+    return PamtPage(call, pa, 0, address, cpu.rd64(address), block)
 
 
 def lock_free_range(call: Call, pa: int, operand: int, size: int) -> PamtPage:

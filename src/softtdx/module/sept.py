@@ -25,13 +25,16 @@ from softtdx.abi.sept import (
     IPAT,
     LEAF,
     MT_MASK,
+    MT_SHIFT,
     MT_WB,
     RWX,
     STATE_MASK,
     SVE,
     TDEL,
     XU,
+    R,
     SeptState,
+    W,
     state_bits,
 )
 from softtdx.abi.status import Operand, Status
@@ -42,6 +45,7 @@ from . import epoch, tdcs
 from .context import Call
 from .errors import LeafError
 from .fatal import ModuleFatal
+from .ids import SEPT_TREE
 from .pamt import PamtPage
 from .td import LockId, Td
 
@@ -86,7 +90,6 @@ _MIG_EPOCH_SHIFT: Final = 12
 _U64: Final = (1 << 64) - 1
 _INVALID: Final = int(Status.OPERAND_INVALID)
 _SEPT_LOCK: Final = int(LockId.SEPT)
-ROOT_PAGE: Final = tdcs.SEPT_ROOT >> 12
 
 _IMPORT_STATES: Final = frozenset(int(state) for state in opstate.IMPORT_IN_PROGRESS)
 
@@ -136,32 +139,39 @@ def shared_bit(gpaw: int) -> int:
 
 
 # --- the walk
+_RESERVED_MEMORY_TYPES: Final = frozenset((2 << MT_SHIFT, 3 << MT_SHIFT, 7 << MT_SHIFT))
+_RESERVED_NON_LEAF: Final = MT_MASK | IPAT | LEAF
+_LARGEST_PAGE: Final = 2
+_RESERVED_LEAF: Final = (0, 0x1F_F000, 0x3FFF_F000)
+
+
+def misconfigured(entry: int, level: int, leaf: bool) -> bool:
+    """Whether no walk goes through an EPT entry: SDM 29.3.3.1, for a processor with execute-only translations."""
+    if entry & (R | W) == W:
+        return True
+    if not entry & RWX:
+        return False
+    if leaf and level <= _LARGEST_PAGE:
+        return bool(entry & _RESERVED_LEAF[level]) or entry & MT_MASK in _RESERVED_MEMORY_TYPES
+    return bool(entry & _RESERVED_NON_LEAF)
+
+
 def walk(cpu: SeamCpu, table: int, top: int, gpa: int, level: int) -> tuple[int, int, int]:
     """Go from the root page `table`, whose entries have level `top`, down to the entry of `gpa` at `level`.
 
     Returns (address of the entry, the entry, its level). The walk ends early at an entry that maps a page or that is
-    not present; the level tells.
+    not present; the level tells. ModuleFatal when it ends at one that the processor would not use, which without
+    integrity protection the host can make of any.
     """
-    shift = 12 + 9 * top
-    rd64 = cpu.rd64
-    at = table + (gpa >> shift << 3 & 0xFF8)
-    entry = rd64(at)
-    while top > level and entry & 7 and not entry & LEAF:
-        top -= 1
-        shift -= 9
-        at = (entry & HPA_MASK) + (gpa >> shift << 3 & 0xFF8)
-        entry = rd64(at)
-    return at, entry, top
+    at, entry, reached = cpu.walk_ept(table, top, gpa, level)
+    if reached != level and misconfigured(entry, reached, bool(entry & LEAF)):
+        raise ModuleFatal(f"the secure EPT is misconfigured at GPA {gpa:#x}, level {reached}: {entry:#x}")
+    return at, entry, reached
 
 
 def top_level(td: Td) -> int:
     """The level of the entries in the TD's root page: 3 for a 4-level tree, 4 for 5 levels."""
     return td.call.cpu.rd64(td.p0 + tdcs.EPTP) >> 3 & 7
-
-
-def root(td: Td) -> int:
-    """The TD's root S-EPT page, a page of its TDCS."""
-    return td.pages[tdcs.SEPT_ROOT >> 12]
 
 
 def open_entry(call: Call, td: Td, info: int, lowest: int, highest: int, exclusive: bool) -> tuple[int, int]:
@@ -182,10 +192,8 @@ def open_entry(call: Call, td: Td, info: int, lowest: int, highest: int, exclusi
         raise LeafError(_INVALID, Operand.RCX)
     if (info & ~7) & _PRIVATE_MASKS[cpu.rd8(p0 + tdcs.GPAW) & 1][cpu.rd8(p0 + tdcs.VIRT_MAXPA)]:
         raise LeafError(_INVALID, Operand.RCX)
-    if call.locks.acquire(td.pa | _SEPT_LOCK, exclusive):
-        raise LeafError(Status.OPERAND_BUSY, Operand.SEPT_TREE)
-    call.held.append((td.pa | _SEPT_LOCK, exclusive))
-    at, entry, reached = walk(cpu, td.pages[ROOT_PAGE], top, info, level)
+    call.lock(td.pa | _SEPT_LOCK, exclusive, SEPT_TREE)
+    at, entry, reached = walk(cpu, td.sept_root, top, info, level)
     if reached != level:
         set_details(call.regs, entry, reached, call.g.hkid_mask)
         raise LeafError(Status.EPT_WALK_FAILED, Operand.RCX)
@@ -206,7 +214,7 @@ def walk_to_leaf(td: Td, gpa: int) -> tuple[int, int, int]:
     p0 = td.p0
     if gpa & _PRIVATE_MASKS[cpu.rd8(p0 + tdcs.GPAW) & 1][cpu.rd8(p0 + tdcs.VIRT_MAXPA)]:
         raise LeafError(_INVALID, Operand.RCX)
-    at, entry, level = walk(cpu, td.pages[ROOT_PAGE], cpu.rd64(p0 + tdcs.EPTP) >> 3 & 7, gpa, 0)
+    at, entry, level = walk(cpu, td.sept_root, cpu.rd64(p0 + tdcs.EPTP) >> 3 & 7, gpa, 0)
     if not entry & LEAF or not entry & 7:
         set_details(call.regs, entry, level, call.g.hkid_mask)
         raise LeafError(Status.EPT_ENTRY_NOT_PRESENT, Operand.RCX)
@@ -223,7 +231,7 @@ def require_tracked(td: Td, entry: int, level: int, page: PamtPage) -> None:
     if state not in TRACKING_REQUIRED or not epoch.may_run(td):
         return
     if state not in ANY_BLOCKED:
-        set_details(td.call.regs, entry, level, td.call.g.hkid_mask)
+        set_details(td.call.regs, without_accept_count(entry, level), level, td.call.g.hkid_mask)
         raise LeafError(Status.GPA_RANGE_NOT_BLOCKED, Operand.RCX)
     if not epoch.is_tracked(td, page.bepoch):
         raise LeafError(Status.TLB_TRACKING_NOT_DONE, Operand.RCX)

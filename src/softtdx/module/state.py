@@ -6,6 +6,8 @@ from enum import IntEnum
 from threading import Lock
 from typing import TYPE_CHECKING, Final
 
+from softtdx.hw.isa import PamtPath
+
 from .locks import LockTable
 
 if TYPE_CHECKING:
@@ -116,9 +118,10 @@ class PamtBlock:
 
     `e1g`: its 1 GiB entry; `e2m`: the first of 512 entries; `e4k`: the first of 2^18 entries, or with dynamic PAMT
     the PAMT_PAGE_BITMAP of the whole TDMR. `node_type`: the type bits of a 2 MiB entry that has entries below it.
+    `path`: the entries as `HeldLocks.take_page` needs them, None where 4 KiB entries are elsewhere.
     """
 
-    __slots__ = ("base", "dynamic", "e1g", "e2m", "e4k", "key", "node_type", "tdmr")
+    __slots__ = ("base", "dynamic", "e1g", "e2m", "e4k", "key", "node_type", "path", "tdmr")
 
     def __init__(self, tdmr: Tdmr, base: int, e1g: int, e2m: int, e4k: int, *, key: int, dynamic: bool) -> None:
         """The block at address `base` of `tdmr`; `key`: the global KeyID in address position."""
@@ -130,6 +133,7 @@ class PamtBlock:
         self.e1g = e1g
         self.e2m = e2m
         self.e4k = e4k
+        self.path = None if dynamic else PamtPath(e1g, e2m, e4k)
 
 
 @dataclass

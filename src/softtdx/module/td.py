@@ -14,6 +14,7 @@ from softtdx.abi.status import Operand, Status
 from . import tdcs, tdr
 from .atomics import add64
 from .context import Call
+from .control_pages import ControlPages
 from .errors import LeafError
 from .ids import OP_STATE, RCX
 from .locks import EXCLUSIVE, SHARED
@@ -22,7 +23,6 @@ from .pamt import PageType, PamtPage, lock_implicit, lock_page
 __all__ = ["EXCLUSIVE", "NO_LOCK", "SHARED", "LockId", "Td", "check_op_state", "open_td", "open_td_of", "open_tdr"]
 
 NO_LOCK: Final = None
-PAGE: Final = 0xFFF
 
 TDR_PAGE: Final = int(PageType.TDR)
 KEYS_CONFIGURED: Final = int(LifecycleState.KEYS_CONFIGURED)
@@ -31,6 +31,10 @@ ANY_STATE: Final = (1 << len(OpState)) - 1
 # FATAL, NUM_TDCX, CHLDCNT, LIFECYCLE_STATE, nine TDCX_PA, [TD_UUID and reserved], HKID, PKG_CONFIG_BITMAP
 _HEAD: Final = struct.Struct("<B3xIQI4x9Q160xH6xQ")
 assert _HEAD.size == tdr.HEAD_SIZE
+_unpack_head: Final = _HEAD.unpack
+HEAD_SIZE: Final = tdr.HEAD_SIZE
+TDCX_PAGES: Final = slice(4, 13)  # of the fields of _HEAD
+ROOT_PAGE: Final = 4 + (tdcs.SEPT_ROOT >> 12)
 
 
 class LockId(IntEnum):
@@ -48,16 +52,15 @@ class LockId(IntEnum):
 _OP_STATE_LOCK: Final = int(LockId.OP_STATE)
 
 
-class Td:
+class Td(ControlPages):
     """A TD whose TDR is locked: values of its TDR as read under the lock, and accessors of its TDCS.
 
-    `tdr` is the TDR's bus address (global KeyID), `key_bits` the TD's KeyID in address position, `pages` the bus
-    addresses of its TDCS pages. TDCS offsets are those of `module.tdcs`.
+    `tdr` is the TDR's bus address (global KeyID), `key_bits` the TD's KeyID in address position, `p0` the bus address
+    of its first TDCS page. TDCS offsets are those of `module.tdcs`.
     """
 
     __slots__ = (
-        "_cpu", "call", "fatal", "hkid", "key_bits", "lifecycle", "num_tdcx", "op_state", "p0", "pa",
-        "packages_keyed", "pages", "pamt", "tdr",
+        "_head", "_pages", "fatal", "hkid", "key_bits", "lifecycle", "num_tdcx", "op_state", "p0", "pa", "pamt", "tdr",
     )  # fmt: skip
 
     def __init__(self, call: Call, pa: int, page: PamtPage) -> None:
@@ -69,61 +72,36 @@ class Td:
         self.pa = pa
         self.pamt = page
         self.tdr = base = pa | g.global_key_bits
-        (
-            self.fatal, self.num_tdcx, _, self.lifecycle, p0, p1, p2, p3, p4, p5, *more, self.hkid, self.packages_keyed,
-        ) = _HEAD.unpack(cpu.read(base, tdr.HEAD_SIZE))  # fmt: skip
+        head = _unpack_head(cpu.read(base, HEAD_SIZE))
+        self.fatal, self.num_tdcx, _, self.lifecycle, p0 = head[:5]
+        self.hkid: int = head[-2]
         key: int = self.hkid << g.hkid_shift
         self.key_bits = key
-        self.pages: list[int] = [p0 | key, p1 | key, p2 | key, p3 | key, p4 | key, p5 | key]
-        if self.num_tdcx != tdcs.PAGES_BASE:
-            self.pages = [*self.pages, *(page | key for page in more)][: self.num_tdcx]
+        self._head = head
+        self._pages: list[int] | None = None
         self.p0 = p0 | key if self.num_tdcx else 0
         self.op_state = -1  # read by check_op_state
 
-    # --- TDCS fields, by offset
-    def address(self, at: int) -> int:
-        """The bus address of a TDCS offset. LookupError beyond the pages that the TD has."""
-        return self.pages[at >> 12] + (at & PAGE)
+    @property
+    def pages(self) -> list[int]:
+        """The bus addresses of the TDCS pages that the TD has."""
+        pages = self._pages
+        if pages is None:
+            key = self.key_bits
+            pages = self._pages = [page | key for page in self._head[TDCX_PAGES][: self.num_tdcx]]
+        return pages
 
-    def rd8(self, at: int) -> int:
-        """A byte of the TDCS."""
-        return self._cpu.rd8(self.pages[at >> 12] + (at & PAGE))
+    @property
+    def packages_keyed(self) -> int:
+        """PKG_CONFIG_BITMAP: the packages on which the TD's key is configured."""
+        bitmap: int = self._head[-1]
+        return bitmap
 
-    def rd16(self, at: int) -> int:
-        """16 bits of the TDCS."""
-        return self._cpu.rd16(self.pages[at >> 12] + (at & PAGE))
-
-    def rd32(self, at: int) -> int:
-        """32 bits of the TDCS."""
-        return self._cpu.rd32(self.pages[at >> 12] + (at & PAGE))
-
-    def rd64(self, at: int) -> int:
-        """64 bits of the TDCS."""
-        return self._cpu.rd64(self.pages[at >> 12] + (at & PAGE))
-
-    def wr8(self, at: int, value: int) -> None:
-        """Write a byte of the TDCS."""
-        self._cpu.wr8(self.pages[at >> 12] + (at & PAGE), value)
-
-    def wr16(self, at: int, value: int) -> None:
-        """Write 16 bits of the TDCS."""
-        self._cpu.wr16(self.pages[at >> 12] + (at & PAGE), value)
-
-    def wr32(self, at: int, value: int) -> None:
-        """Write 32 bits of the TDCS."""
-        self._cpu.wr32(self.pages[at >> 12] + (at & PAGE), value)
-
-    def wr64(self, at: int, value: int) -> None:
-        """Write 64 bits of the TDCS."""
-        self._cpu.wr64(self.pages[at >> 12] + (at & PAGE), value)
-
-    def read(self, at: int, size: int) -> bytes:
-        """Bytes of the TDCS, within one page."""
-        return self._cpu.read(self.pages[at >> 12] + (at & PAGE), size)
-
-    def write(self, at: int, data: bytes) -> None:
-        """Write bytes of the TDCS, within one page."""
-        self._cpu.write(self.pages[at >> 12] + (at & PAGE), data)
+    @property
+    def sept_root(self) -> int:
+        """The bus address of the TDCS page that is the root of the secure EPT; for a TD that has its TDCS."""
+        root: int = self._head[ROOT_PAGE]
+        return root | self.key_bits
 
     # --- what leaves do to every TD
     def add_children(self, count: int) -> None:

@@ -1,8 +1,8 @@
 """Plays a recording against a TDX module and compares every answer.
 
-Host steps are SEAMCALLs; a TD runs no code: `GuestScript` stands in for the processor in SEAM non-root mode and makes
-the recorded VM exits happen. While a logical processor is inside a TD the player goes on with the next steps from
-within that VM entry, so TDs nest as their entries did in the recording; the recordings keep to that order.
+Host steps are SEAMCALLs; a TD runs no code: the player stands in for the processor in SEAM non-root mode and makes
+the recorded VM exits happen. Every VM entry is a greenlet of its own, which waits while other logical processors'
+steps are played, so that TDs may be entered and left in any order.
 
 Steps of a `discard` group, and each recording behind its base, run in a forked copy of the process: the state they
 leave is thrown away.
@@ -13,8 +13,11 @@ import pickle
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
+
+from greenlet import getcurrent, greenlet
 
 from softtdx._silicon import Core
 from softtdx.abi.status import Status, status_of
@@ -55,11 +58,11 @@ class Player:
         self.platform.seam.module = self.module
         self.memory = GuestMemory(self.platform, self.module)
         for lp in self.platform.lps:
-            lp.guest_engine = self._guest
+            lp.guest_engine = partial(self._guest, lp.index)
         self.trace: Trace
         self.at = 0
         self.end = 0
-        self.inside: list[_Visit] = []  # the VM entries we are in, innermost last
+        self.inside: dict[int, _Visit] = {}  # the VM entries we are in, by logical processor
         self.child_pipe: int | None = None
 
     # --- the steps
@@ -68,22 +71,22 @@ class Player:
         self.trace, self.at, self.end = trace, 0, len(trace.steps)
         while self.at < self.end:
             self._next()
-        self._finish_child()
+        for visit in list(self.inside.values()):
+            self._abandon(visit)
 
-    def _next(self) -> bool:
-        """Play the step at `at`. True when it is a VM exit of the TD that we are in: then the entry must end."""
+    def _next(self) -> None:
+        """Play the step at `at`, or the group of throw-away steps that starts there."""
         step = self.trace.steps[self.at]
         if "discard" in step and self.child_pipe is None:
             self._discard_group(step["discard"])
-            return False
+            return
         self.at += 1
         if step.get("who") == "td":
-            return self._td_step(step)
-        if step.get("who") == "host":
+            self._td_step(step)
+        elif step.get("who") == "host":
             self._host_step(step)
         else:
             self._operation(step)
-        return False
 
     def _operation(self, step: Step) -> None:
         lp, op = self.platform.lps[0], step.get("op")
@@ -110,7 +113,7 @@ class Player:
     # --- host steps
     def _host_step(self, step: Step) -> None:
         index = step["lp"]
-        if any(visit.lp == index for visit in self.inside):
+        if index in self.inside:
             self.report.skip("the logical processor is still inside a TD")
             return
         if ignore.comes_later(step):
@@ -157,15 +160,26 @@ class Player:
 
     # --- TD entry, VM exits, TD exit
     def _enter(self, step: Step, regs: Registers, before: dict[str, int]) -> None:
-        visit = _Visit(step["lp"], step)
-        self.inside.append(visit)
+        visit = self.inside[step["lp"]] = _Visit(step["lp"], step, greenlet(self._visit))
+        self._go_on(visit, visit, regs, before)
+
+    def _go_on(self, visit: "_Visit", *values: object) -> None:
+        """Let a VM entry go on until it needs its next recorded VM exit, or is over."""
+        visit.flow.switch(*values)
+        if visit.flow.dead:
+            del self.inside[visit.lp]
+
+    def _abandon(self, visit: "_Visit") -> None:
+        """The recording has no more of a VM entry."""
+        visit.flow.throw(_LeaveTdError)
+        del self.inside[visit.lp]
+
+    def _visit(self, visit: "_Visit", regs: Registers, before: dict[str, int]) -> None:
+        """TDH.VP.ENTER from the call to the TD exit: the body of a visit's greenlet."""
+        step = visit.step
         try:
-            problem = self._seamcall(step["lp"], regs)
+            problem = self._seamcall(visit.lp, regs)
         except _LeaveTdError:
-            problem = ""
-        finally:
-            self.inside.remove(visit)
-        if visit.abandoned:
             return
         if visit.pending is None:  # it never went in
             differences = [("error", "none", problem)] if problem else self._host_differences(step, regs, before)
@@ -186,37 +200,29 @@ class Player:
             if getattr(regs, name) != wanted[name] and name not in ignore.exit_registers(event)
         ]
 
-    def _guest(self, core: Core, launch: bool) -> int:
-        """The processor in SEAM non-root mode: check how the TD was entered, then go on until its next VM exit."""
+    def _guest(self, lp: int, core: Core, launch: bool) -> int:
+        """The processor in SEAM non-root mode: check how the TD was entered, then wait for its next VM exit."""
         del launch
-        visit = self.inside[-1]
+        visit = self.inside[lp]
         state = vmx.entry_state(core)
         if visit.pending is None:
             self._count(
                 visit.step, str(visit.step["name"]), str(visit.step["st"]), self._entry_differences(visit.step, state)
             )
             if visit.step["st"] != "entered":
-                self._abandon(visit)
+                raise _LeaveTdError
         else:
             event = visit.pending
             self._count(event, _event_kind(event), _event_status(event), self._resume_differences(visit, state))
             if event["res"] == "tdexit":
-                self._abandon(visit)
+                raise _LeaveTdError
         visit.pending = None
         vmx.entered(core)
-        while True:
-            if self.at >= self.end:
-                self._finish_child()
-                self._abandon(visit)
-            if self._next():
-                break
-        event = visit.take()
+        parent = getcurrent().parent
+        assert parent is not None  # a visit never is the outermost greenlet
+        event = visit.pending = parent.switch()
         visit.before = vmx.make_exit(core, event, self.recorded.td_sentinels)
         return int(event["reason"])
-
-    def _abandon(self, visit: "_Visit") -> None:
-        visit.abandoned = True
-        raise _LeaveTdError
 
     def _entry_differences(self, step: Step, state: vmx.EntryState) -> Differences:
         if step["st"] != "entered":
@@ -242,28 +248,26 @@ class Player:
             differences.append(("rip advance", str(event.get("rip_adv", 0)), str(advance)))
         return differences + state.injection_differences(event.get("inject"))
 
-    def _td_step(self, step: Step) -> bool:
-        visit = self.inside[-1] if self.inside else None
-        if visit is None or visit.lp != step["lp"]:
+    def _td_step(self, step: Step) -> None:
+        visit = self.inside.get(step["lp"])
+        if visit is None:
             self.report.skip("the TD is not entered here")
-            return False
+            return
         core = self.platform.lps[visit.lp].core
         if step["ev"] == "set_state":
             vmx.set_state(core, step["set"])
-            return False
+            return
         native = vmx.is_native(core, step)
         if step.get("res") == "native":
             self._count(
                 step, step["ev"], "native", [] if native else [("result", "no VM exit", "the MSR is intercepted")]
             )
-            return False
-        if native:
+        elif native:
             self._count(
                 step, step["ev"], step["res"], [("result", step["res"], "no VM exit: the MSR is not intercepted")]
             )
-            return False
-        visit.event = step
-        return True
+        else:
+            self._go_on(visit, step)
 
     # --- throw-away copies
     def _discard_group(self, group: int) -> None:
@@ -278,17 +282,9 @@ class Player:
             self.child_pipe = pipe
             self.report = Report()
             self.at, self.end = start, after
-            if self.inside:
-                return  # the VM entry we are in goes on with these steps, and ends the copy behind the last
             while self.at < self.end:
                 self._next()
-            self._finish_child()
-
-    def _finish_child(self) -> None:
-        """Behind the last step of a throw-away copy: hand the counts over and vanish."""
-        if self.child_pipe is None or self.at < self.end:
-            return
-        _send(self.child_pipe, self.report)
+            _send(pipe, self.report)
 
     def _count(self, step: Step, kind: str, status: str, differences: Differences) -> None:
         if ignore.comes_later(step):
@@ -302,18 +298,12 @@ class Player:
 class _Visit:
     """A VM entry: from TDH.VP.ENTER to the TD exit."""
 
-    def __init__(self, lp: int, step: Step) -> None:
+    def __init__(self, lp: int, step: Step, flow: greenlet) -> None:
         self.lp = lp
         self.step = step
+        self.flow = flow
         self.pending: Step | None = None  # the VM exit whose handling is to be checked
-        self.event: Step | None = None
         self.before: vmx.ExitState = vmx.ExitState({}, 0)
-        self.abandoned = False
-
-    def take(self) -> Step:
-        assert self.event is not None
-        self.pending, self.event = self.event, None
-        return self.pending
 
 
 def replay(folder: str | Path, names: Sequence[str] = (), *, keep: int = 1000) -> Report:

@@ -3,6 +3,9 @@
 The recorder stands between a processor and the module: it sees every SEAMCALL, every VM entry of a TD and every VM
 exit. It writes a folder with the recording and the `platform.json` that describes the machine. Of memory it records
 what the module reads: the structures and pages that a host's or a guest's call names.
+
+While it records, the module serves one logical processor at a time (guests still run at once), so that the steps in
+the file are in the order in which the module took them, and a replay can take them in that order.
 """
 
 import gzip
@@ -75,6 +78,7 @@ class _Recorder:
         self.folder = folder
         self.file = file
         self.lock = Lock()
+        self.module_free = Lock()  # held by the logical processor that the module is serving
         self.count = 0
         self.closed = False
         self.emit({"op": "header", "base": None})
@@ -122,7 +126,11 @@ class _RecordedModule:
         return getattr(self.inner, name)
 
     def seam_entry(self, cpu: SeamCpu, regs: Registers) -> None:
-        """SEAMCALL."""
+        """SEAMCALL, when the module is free."""
+        with self.recorder.module_free:
+            self._serve(cpu, regs)
+
+    def _serve(self, cpu: SeamCpu, regs: Registers) -> None:
         recording = self.cpus.get(cpu.index)
         if recording is None:
             recording = self.cpus.setdefault(cpu.index, _RecordingCpu(cpu, self))
@@ -185,7 +193,12 @@ class _RecordingCpu(SeamCpu):
         if step.get("reason") not in HELD_BACK or inject or step["out"]:
             emit(step)
         guest = vmx.read_state(core)
-        reason = super().vmenter(launch)
+        module_free = self.module.recorder.module_free
+        module_free.release()
+        try:
+            reason = super().vmenter(launch)
+        finally:
+            module_free.acquire()
         visit.before = dict(zip(GPR_NAMES, core.gprs(), strict=True))
         visit.event = self._exit(reason, visit.before)
         now = vmx.read_state(core)

@@ -1,13 +1,15 @@
 """The devices of the machine: what answers on its I/O ports.
 
 0x3F8 to 0x3FF COM1; 0x501 exit: a byte written ends the machine with that status; 0x510 park: a read waits until
-another vCPU writes. Nothing answers elsewhere: reads float high, writes are lost.
+another vCPU writes; 0x512 the launcher's agent, if there is one. Nothing answers elsewhere: reads float high, writes
+are lost.
 """
 
 from collections.abc import Callable
 from threading import Condition
 
 from softtdx.kvm.uapi import IoExit
+from softtdx.vmm.agent import AGENT_PORT
 from softtdx.vmm.serial import Serial16550
 
 __all__ = ["PortBus"]
@@ -26,13 +28,15 @@ class PortBus:
         end: Callable[[int], None],
         park: Callable[[int], None],
         wake: Callable[[], None],
+        agent: Callable[[int, IoExit], None] | None = None,
     ) -> None:
-        """`console` gets serial output, `end` the exit status."""
+        """`console` gets serial output, `end` the exit status, `agent` accesses of its port."""
         self.serial = Serial16550(console)
         self._lock = Condition()
         self._end = end
         self._park = park
         self._wake = wake
+        self._agent = agent
 
     def access(self, vcpu: int, io: IoExit) -> None:
         """One port access of a vCPU; a value read is left in `io`. Wider ones touch neighbouring byte registers."""
@@ -42,6 +46,8 @@ class PortBus:
             else:
                 self._park(vcpu)
                 io.value = 0
+        elif io.port == AGENT_PORT and self._agent is not None:
+            self._agent(vcpu, io)
         elif io.port == EXIT_PORT:
             if io.write:
                 self._end(io.value & 0xFF)

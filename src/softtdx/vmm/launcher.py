@@ -19,12 +19,17 @@ _MAGIC = int.from_bytes(b"SOFTTDX1", "little")
 RANGE_TO_ACCEPT, _RANGE_PRESENT = 0, 1
 _MAX_RANGES = 32
 _INFO = struct.Struct("<6Q")
+_RANGE = struct.Struct("<3Q")
 _RANGES_AT = 13 * 8
+_AGENT_AT = _RANGES_AT + _MAX_RANGES * _RANGE.size
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where everything lies in guest-physical memory. `present` are runs of whole pages filled before the start."""
+    """Where everything lies in guest-physical memory. `present` are runs of whole pages filled before the start.
+
+    With `agent` there is a vCPU beside the payload's `vcpus`, the last, on which the launcher answers for the TD.
+    """
 
     memory: int
     vcpus: int
@@ -32,6 +37,7 @@ class Layout:
     stack_top: int
     percpu_base: int
     present: tuple[tuple[int, bytes], ...]
+    agent: bool = False
 
     def ranges(self) -> list[tuple[int, int, int]]:
         """RAM as the launcher is told of it: (base, size, kind)."""
@@ -46,11 +52,11 @@ class Layout:
         return found
 
 
-def lay_out(payload: Payload, memory: int, vcpus: int) -> Layout:
+def lay_out(payload: Payload, memory: int, vcpus: int, *, agent: bool = False) -> Layout:
     """Place a payload in `memory` bytes of RAM. MachineError when it does not fit or hits what the launcher needs."""
     if memory % PAGE or memory > MAX_MEMORY:
         raise MachineError(f"a machine cannot have {memory} bytes of memory: whole 4 KiB pages, at most 3 GiB")
-    percpu_base = memory - vcpus * PERCPU_SIZE
+    percpu_base = memory - (vcpus + agent) * PERCPU_SIZE
     usable = percpu_base - STACK_SIZE
     if usable <= 0:
         raise MachineError(
@@ -67,7 +73,7 @@ def lay_out(payload: Payload, memory: int, vcpus: int) -> Layout:
                 f"the payload {payload.name!r} overlaps the stack and the launcher's areas from {usable:#x} on; "
                 "give --memory more or link it lower"
             )
-    layout = Layout(memory, vcpus, payload.entry, percpu_base, percpu_base, _pages(payload))
+    layout = Layout(memory, vcpus, payload.entry, percpu_base, percpu_base, _pages(payload), agent)
     if len(layout.ranges()) > _MAX_RANGES:
         raise MachineError(f"the payload {payload.name!r} has too many separate segments ({len(layout.present)})")
     return layout
@@ -81,7 +87,8 @@ def firmware_image(layout: Layout) -> bytes:
     ranges = layout.ranges()
     _INFO.pack_into(image, 0, _MAGIC, layout.vcpus, layout.entry, layout.stack_top, layout.percpu_base, len(ranges))
     for i, entry in enumerate(ranges):
-        struct.pack_into("<3Q", image, _RANGES_AT + 24 * i, *entry)
+        _RANGE.pack_into(image, _RANGES_AT + _RANGE.size * i, *entry)
+    struct.pack_into("<Q", image, _AGENT_AT, layout.vcpus if layout.agent else 0)
     return bytes(image)
 
 

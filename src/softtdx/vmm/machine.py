@@ -27,6 +27,7 @@ from softtdx.hw import LogicalProcessor
 from softtdx.hw.faults import MachineCheck
 from softtdx.kvm import Host, Kvm, KvmError, Vcpu
 from softtdx.kvm.uapi import CpuidEntry, KvmRun, Regs, Segment, Sregs, TdxCapabilities, TdxInitMemRegion, TdxInitVm
+from softtdx.vmm.agent import Agent, PortAgent
 from softtdx.vmm.devices import PortBus
 from softtdx.vmm.errors import MachineError
 from softtdx.vmm.hypercalls import HypercallServices
@@ -62,6 +63,7 @@ class MachineConfig:
     vm: bool = False
     debug_td: bool = False
     gpa_width: int = 48  # of a TD: 48 or 52; the shared bit is the top one
+    agent: bool = False  # of a TD: software in it answers who asks for its quote (softtdx.vmm.agent)
     mrconfigid: bytes = bytes(48)
     mrowner: bytes = bytes(48)
     mrownerconfig: bytes = bytes(48)
@@ -70,6 +72,8 @@ class MachineConfig:
         """MachineError for what no machine can have."""
         if not 1 <= self.vcpus <= MAX_VCPUS:
             raise MachineError(f"{self.vcpus} vCPUs; a machine has 1 to {MAX_VCPUS}")
+        if self.agent and self.vm:
+            raise MachineError("an ordinary VM has no quotes, and so no agent that gives them")
         if self.gpa_width not in (48, 52):
             raise MachineError(f"{self.gpa_width} guest-physical address bits; a TD has 48 or 52")
         if self.memory < 1 << 20:
@@ -119,7 +123,10 @@ class Machine:
         self._wakes = 0
         self._mrtd: bytes | None = None
         self._woken: dict[int, int] = {}
-        self._ports = PortBus(self._output, self._exit, self._park, self._wake)
+        self._quoting = quoting
+        self.agent = self._make_agent() if self.config.agent else None
+        answer = self.agent.access if isinstance(self.agent, PortAgent) else None
+        self._ports = PortBus(self._output, self._exit, self._park, self._wake, answer)
         self.kvm = Kvm(host)
         try:
             self.vm = self.kvm.create_vm(KVM_X86_DEFAULT_VM if self.config.vm else KVM_X86_TDX_VM)
@@ -162,7 +169,7 @@ class Machine:
 
     def load(self, payload: Payload) -> None:
         """Put launcher and payload into memory and make the vCPUs. MachineError when they do not fit."""
-        layout = lay_out(payload, self.config.memory, self.config.vcpus)
+        layout = lay_out(payload, self.config.memory, self.config.vcpus, agent=self.config.agent)
         self.load_contents([(FIRMWARE_BASE, firmware_image(layout)), *layout.present])
         if self.config.vm:
             return
@@ -184,7 +191,7 @@ class Machine:
         try:
             self._add_memory(0, 0, self.config.memory)
             self._add_memory(1, contents[0][0], len(contents[0][1]))
-            for vcpu_id in range(self.config.vcpus):
+            for vcpu_id in range(self._vcpu_count()):
                 self._add_vcpu(vcpu_id)
             for gpa, data in contents:
                 self._place(gpa, data)
@@ -214,6 +221,16 @@ class Machine:
         code = Segment(0x08, 0, 0xFFFF_FFFF, AR_CODE32)
         vcpu.set_sregs(Sregs(cs=code, ds=flat, es=flat, fs=flat, gs=flat, ss=flat, cr0=_CR0_PE_NE))
         vcpu.set_regs(Regs((0, 0, 0, 48, 0, 0, vcpu_id) + (0,) * 9, _RESET_VECTOR))
+
+    def _vcpu_count(self) -> int:
+        """The payload's, and the launcher's agent."""
+        return self.config.vcpus + self.config.agent
+
+    def _make_agent(self) -> Agent:
+        """Who answers in the TD, as the host sees him."""
+        if self._quoting is None:
+            raise MachineError("a TD whose agent gives quotes needs a quoting service")
+        return PortAgent(self._quoting.sign, self._wait, self._look_again)
 
     def _cpuid(self, vcpu_id: int) -> list[CpuidEntry]:
         """What KVM answers to CPUID on a vCPU."""
@@ -253,6 +270,8 @@ class Machine:
             raise
         finally:
             self._kick_until_gone(threads)
+            if self.agent is not None:
+                self.agent.close(self._ending.end.value if self._ending is not None else "interrupted")
         result = self._ending
         assert result is not None
         if self._bug is not None:
@@ -356,6 +375,11 @@ class Machine:
     def _wake(self) -> None:
         with self._lock:
             self._wakes += 1
+        self._look_again()
+
+    def _look_again(self) -> None:
+        """Let vCPUs that sleep see whether they still may."""
+        with self._lock:
             self._lock.notify_all()
 
     def _wait(self, vcpu: int, awake: Callable[[], bool]) -> None:

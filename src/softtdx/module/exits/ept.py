@@ -86,7 +86,7 @@ def _is_acceptable(guest: Guest, gpa: int) -> bool:
     """Whether the page waits for the guest's TDG.MEM.PAGE.ACCEPT."""
     td = guest.td
     top = td.rd64(tdcs.EPTP) >> _EPTP_LEVEL_SHIFT & 7
-    _, entry, _ = sept.walk(guest.cpu, td.pages[tdcs.SEPT_ROOT >> 12], top, gpa, 0)
+    _, entry, _ = sept.walk(guest.cpu, td.sept_root, top, gpa, 0)
     return entry & STATE_MASK in sept.ACCEPTABLE
 
 

@@ -49,7 +49,7 @@ def mem_page_add(call: Call) -> None:
         raise operand_invalid(Operand.RCX)
     # The exclusive TDR lock stands for the tree's and the entry's.
     cpu = call.cpu
-    at, entry, level = sept.walk(cpu, sept.root(td), sept.top_level(td), info, 0)
+    at, entry, level = sept.walk(cpu, td.sept_root, sept.top_level(td), info, 0)
     if level or entry & STATE_MASK not in _ADD_STATES:
         sept.set_details(regs, entry, level, call.g.hkid_mask)
         raise LeafError(Status.EPT_WALK_FAILED if level else STATE_INCORRECT, RCX)

@@ -112,7 +112,7 @@ def _configuration(call: Call, td: Td, params: bytes) -> None:
         raise _invalid(Operand.EXEC_CONTROLS)
     if not eptp_controls_valid(config.msrs[0x48C], bool(flags & limits.CONFIG_GPAW), eptp):
         raise _invalid(Operand.EPTP_CONTROLS)
-    td.wr64(tdcs.EPTP, eptp | td.pages[tdcs.SEPT_ROOT >> 12])
+    td.wr64(tdcs.EPTP, eptp | td.sept_root)
     td.wr64(tdcs.CONFIG_FLAGS, flags)
     td.wr8(tdcs.GPAW, flags & limits.CONFIG_GPAW)
     if not TSC_MIN_UNITS <= tsc_frequency <= TSC_MAX_UNITS:

@@ -47,7 +47,7 @@ def mr_extend(call: Call) -> None:
     if again is not None and again.serial + 1 == call.serial and again.tdr == tdr and again.page == gpa & ~0xF00:
         # The next bytes of a page, and nobody was in SEAM mode since: what was checked then still holds.
         call.lock(tdr, EXCLUSIVE, RDX)
-        measure.extend(again.td, measure.mr_extend_record(gpa) + call.cpu.read(again.source + (gpa & 0xF00), CHUNK))
+        measure.extend(again.td, measure.mr_extend_record(gpa), again.source + (gpa & 0xF00), CHUNK)
         again.serial = call.serial if call.alone() else 0
         return
     call.again = None
@@ -58,6 +58,6 @@ def mr_extend(call: Call) -> None:
     if entry & STATE_MASK not in _STATES:
         raise LeafError(Status.EPT_ENTRY_NOT_PRESENT)
     source = sept.leaf_hpa(entry, gpa, level)
-    measure.extend(td, measure.mr_extend_record(gpa) + call.cpu.read(source, CHUNK))
+    measure.extend(td, measure.mr_extend_record(gpa), source, CHUNK)
     if call.alone():
         call.again = _Again(call.serial, tdr, gpa & ~0xF00, td, source & ~0xF00)

@@ -26,6 +26,7 @@ GIB: Final = 1 << 30
 SLICE_PAGES: Final = 1024  # 4 KiB entries initialised by one TDMR.INIT
 SLICE_PAGES_DYNAMIC: Final = 4096
 LINE: Final = 64
+PAGE: Final = 4096
 RSVD_ENTRY: Final = struct.pack("<QQ", PageType.RSVD << 16, 0)
 
 
@@ -33,7 +34,7 @@ def lock_global(call: Call, exclusive: bool) -> None:
     """The lock around the module's own life. LeafError SYS_BUSY."""
     if call.locks.acquire(GLOBAL_LOCK, exclusive):
         raise LeafError(Status.SYS_BUSY)
-    call.held.append((GLOBAL_LOCK, exclusive))
+    call.held.note(GLOBAL_LOCK, exclusive)
 
 
 @seamcall(SeamcallLeaf.SYS_INIT, versions=ALL_VERSIONS, before_ready=True)
@@ -189,13 +190,13 @@ def _init_slice(call: Call, tdmr: Tdmr, offset: int, pages: int) -> None:
 
 
 def _init_nodes(call: Call, table: int, start: int, end: int) -> None:
-    """Free entries, from `start` up to `end`; whole lines, since a line that has no MAC yet cannot be read."""
+    """Free entries, from `start` up to `end`; whole pages of PAMT, since a line that has no MAC yet cannot be read."""
     for index in range(start, end):
         address = table + index * ENTRY_SIZE
-        if address % LINE == 0:
-            call.cpu.write(address, bytes(LINE))
-        else:
+        if address % PAGE:
             call.cpu.write(address, bytes(ENTRY_SIZE))
+        else:
+            call.cpu.zero_page(address)
 
 
 @seamcall(SeamcallLeaf.SYS_LP_SHUTDOWN, before_ready=True)

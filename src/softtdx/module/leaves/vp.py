@@ -19,7 +19,7 @@ from ..registry import ALL_VERSIONS, seamcall
 from ..td import KEYS_CONFIGURED, Td, check_op_state, open_td, open_td_of
 from ..transitions.enter import enter
 from ..transitions.lp import lp_state
-from ..transitions.td_vmcs import init_td_vmcs, prepare_vmcs
+from ..transitions.td_vmcs import init_l2_base_masks, init_td_vmcs, prepare_vmcs
 from ..transitions.vcpu import Vcpu, flush_td_translations, lock_tdvpr
 
 __all__: list[str] = []
@@ -140,10 +140,13 @@ def vp_init(call: Call) -> None:
     vcpu.wr8(tdvps.LAST_TD_EXIT, tdvps.LAST_EXIT_ASYNC_FAULT)
     vcpu.bind_new()
     prepare_vmcs(cpu, vcpu.vmcs, platform)
-    for vm in range(td.rd16(tdcs.NUM_L2_VMS)):
-        prepare_vmcs(cpu, vcpu.pages[(tdvps.L2_VMCS_1 >> 12) + tdvps.PAGES_PER_L2_VM * vm], platform)
     with lp_state(call).td_vmcs(vcpu.vmcs):
         init_td_vmcs(td, vcpu, platform)
+    for vm in range(1, td.rd16(tdcs.NUM_L2_VMS) + 1):
+        region = vcpu.pages[(tdvps.L2_VMCS_1 >> 12) + tdvps.PAGES_PER_L2_VM * (vm - 1)]
+        prepare_vmcs(cpu, region, platform)
+        with lp_state(call).td_vmcs(region):
+            init_td_vmcs(td, vcpu, platform, vm)
 
 
 def _check_tsc_adjust(call: Call, platform: PlatformConfig) -> None:
@@ -202,6 +205,7 @@ def _init_fields(td: Td, vcpu: Vcpu, platform: PlatformConfig) -> None:
             tdvps.TSC_DEADLINE,
         ):
             vcpu.wr64(at + 8 * vm, U64)
+    init_l2_base_masks(td, vcpu, platform)
     flags = td.read(tdcs.CPUID_FLAGS, 32)
     misc = platform.msrs[Msr.MISC_ENABLE] & (MISC_FAST_STRINGS | MISC_BTS_UNAVAILABLE)
     perfmon = td.rd64(tdcs.ATTRIBUTES) >> 63

@@ -27,6 +27,7 @@ from softtdx.abi.fields import (
 from softtdx.abi.status import Status
 
 from ..errors import LeafError
+from ..fatal import ModuleFatal
 
 __all__ = [
     "GUEST",
@@ -224,7 +225,8 @@ def _next_cpuid(raw: int, *, element: bool) -> int | None:
     if element and code.element == 0:
         return raw + 1
     row = cpuid_row(code)
-    assert row is not None
+    if row is None:  # a leaf that reads as 0 and has no row: it can be read, but nothing follows it
+        raise ModuleFatal(f"TDH.MNG.RD was asked what follows CPUID leaf {code.leaf:#x}, which is in no table")
     rows = abi_cpuid.rows()
     if row.index + 1 >= len(rows):
         return None

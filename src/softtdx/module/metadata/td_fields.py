@@ -38,7 +38,7 @@ class _Element:
 
     __slots__ = ("address", "read_mask", "row", "size", "td", "value", "write_mask")
 
-    def __init__(self, td: Td, location: Location, view: View) -> None:
+    def __init__(self, td: Td, location: Location, view: View, *, write: bool = False) -> None:
         row = location.row
         self.td = td
         self.row = row
@@ -47,7 +47,7 @@ class _Element:
         number = location.number
         cpuid: tuple[int, abi_cpuid.CpuidRow | None] | None = None
         if location.class_code == TDCS_CPUID_CLASS:
-            cpuid = _cpuid(td, location, view)
+            cpuid = _cpuid(td, location, reads_zero=view.name == "host" and not write)
             number = (cpuid[1].index if cpuid[1] else 0) * 2 + (location.field_code & 1)
         elif location.class_code in L2_SEPT_ROOT_CLASSES:
             vm = L2_SEPT_ROOT_CLASSES.index(location.class_code) + 1
@@ -57,7 +57,7 @@ class _Element:
         self.address = td.tdr + offset if location.class_code in TDR_CLASSES else td.address(offset)
         value = int.from_bytes(td.call.cpu.read(self.address, self.size), "little")
         if row.special_rd:
-            value = _special_read(td, row.name, value, cpuid, view)
+            value = _special_read(td, row.name, value, cpuid, reads_zero=view.name == "host" and not write)
         self.value = value & (1 << 8 * self.size) - 1
 
     def store(self, value: int) -> None:
@@ -74,13 +74,13 @@ class _Element:
             raise LeafError(Status.OPERAND_BUSY, Operand.METADATA_FIELD)
 
 
-def _cpuid(td: Td, location: Location, view: View) -> tuple[int, abi_cpuid.CpuidRow | None]:
-    """(leaf, row) of a CPUID_VALUES field code; the host may name leaves that read as 0 and have no row."""
+def _cpuid(td: Td, location: Location, *, reads_zero: bool) -> tuple[int, abi_cpuid.CpuidRow | None]:
+    """(leaf, row) of a CPUID_VALUES field code; `reads_zero`: it may be a leaf that reads as 0 and has no row."""
     if location.field_code & CPUID_CODE_RESERVED:
         raise LeafError(ID_INCORRECT)
     code = CpuidFieldCode.decode(location.field_code)
     row = cpuid_row(code)
-    if row is None and not (view.name == "host" and is_fixed0(td.rd64(tdcs.CPUID_FIXED0_BITMAP), code.leaf)):
+    if row is None and not (reads_zero and is_fixed0(td.rd64(tdcs.CPUID_FIXED0_BITMAP), code.leaf)):
         raise LeafError(NOT_READABLE)
     return code.leaf, row
 
@@ -95,7 +95,7 @@ def is_fixed0(bitmap: int, leaf: int) -> bool:
 
 
 def _special_read(
-    td: Td, name: str, value: int, cpuid: tuple[int, abi_cpuid.CpuidRow | None] | None, view: View
+    td: Td, name: str, value: int, cpuid: tuple[int, abi_cpuid.CpuidRow | None] | None, *, reads_zero: bool
 ) -> int:
     if name == "HP_LOCK_TIMEOUT":
         return (value & U32) * US_PER_S // td.call.g.platform.tsc_hz
@@ -103,7 +103,7 @@ def _special_read(
         return len(abi_cpuid.rows())
     if cpuid is not None:
         leaf, row = cpuid
-        if view.name == "host" and is_fixed0(td.rd64(tdcs.CPUID_FIXED0_BITMAP), leaf):
+        if reads_zero and is_fixed0(td.rd64(tdcs.CPUID_FIXED0_BITMAP), leaf):
             return 0
         if row is None or not td.rd8(tdcs.CPUID_VALID + row.index):
             raise LeafError(NOT_READABLE)
@@ -130,7 +130,7 @@ def write_element(td: Td, location: Location, view: View, value: int, requested:
     LeafError in this order: METADATA_FIELD_ID_INCORRECT, FIELD_NOT_READABLE (CPUID), FIELD_NOT_WRITABLE,
     FIELD_VALUE_NOT_VALID, WR_MASK_NOT_VALID, OPERAND_BUSY.
     """
-    element = _Element(td, location, view)
+    element = _Element(td, location, view, write=True)
     mask = element.write_mask & requested
     if not mask:
         raise LeafError(Status.METADATA_FIELD_NOT_WRITABLE)

@@ -50,7 +50,7 @@ def mem_page_accept(guest: Guest) -> None:
     level = info & 7
     if not sept.page_info_valid(info, 0, 1) or (info & ~7) & sept.forbidden_private(td):
         raise operand_invalid(Operand.RCX)
-    at, entry, reached = sept.walk(cpu, td.pages[sept.ROOT_PAGE], sept.top_level(td), info, level)
+    at, entry, reached = sept.walk(cpu, td.sept_root, sept.top_level(td), info, level)
     if reached != level:
         if entry & STATE_MASK in sept.GUEST_ACCESSIBLE:
             raise LeafError(Status.PAGE_ALREADY_ACCEPTED, reached)
@@ -133,7 +133,7 @@ def mem_page_attr_rd(guest: Guest) -> None:
     try:
         if gpa & sept.forbidden_private(td):
             raise operand_invalid(Operand.RCX)
-        at, entry, level = sept.walk(cpu, td.pages[sept.ROOT_PAGE], sept.top_level(td), gpa, 0)
+        at, entry, level = sept.walk(cpu, td.sept_root, sept.top_level(td), gpa, 0)
         entry = _lock(guest, at, entry)
     except LeafError:
         regs.rcx = regs.rdx = 0
@@ -189,7 +189,7 @@ def _attr_wr(guest: Guest, info: int, attributes: int, flags: int) -> tuple[int,
     if not sept.page_info_valid(info, 0, 2) or (info & ~7) & sept.forbidden_private(td):
         raise operand_invalid(Operand.RCX)
     level = info & 7
-    at, entry, reached = sept.walk(cpu, td.pages[sept.ROOT_PAGE], sept.top_level(td), info, level)
+    at, entry, reached = sept.walk(cpu, td.sept_root, sept.top_level(td), info, level)
     if reached != level:
         _leave(guest, info, entry, reached, ExtendedQualification.ATTR_WR)
     entry = _lock(guest, at, entry)

@@ -253,6 +253,9 @@ def _restore_state(guest: Guest) -> None:
         cpu.vmwrite(vmcs.PERF_GLOBAL_CTRL, (core.rdmsr(PERF_GLOBAL_CTRL) or 0) | FIXED_COUNTER_0)
     guest.stepping.entry_retired = cpu.retired_instructions()
     guest.stepping.entry_tsc = cpu.rdtsc()
+    if not guest.host_state_known:
+        cpu.wr8(vp + tdvps.MODULE_DEPENDENT_FIELDS_UPDATED, 1)
+        cpu.wr8(vp + tdvps.LP_DEPENDENT_HPA_UPDATED, 1)
     cpu.wr8(vp + tdvps.VCPU_STATE, ACTIVE)
 
 

@@ -45,9 +45,10 @@ _U64: Final = (1 << 64) - 1
 # EXIT_REASON, VALID, EXIT_QUALIFICATION, GLA, GPA, EPTP_INDEX, INSTRUCTION_LENGTH, INSTRUCTION_INFORMATION, VE_CATEGORY
 _VE_INFO: Final = struct.Struct("<IIQQQHxxIIB")
 # VCPU_STATE, LAST_TD_EXIT, ASSOC_LPID, VCPU_EPOCH, LAST_EXIT_TSC, PEND_NMI, LAST_EPF_GPA_LIST_IDX,
-# POSSIBLY_EPF_STEPPING, LAST_SEAMDB_INDEX, CURR_VM, VM_LAUNCHED
-_STATE: Final = struct.Struct("<BB198xI4xQ8xQB15xBB20xQHxxB")
-assert tdvps.VCPU_STATE + _STATE.size == tdvps.VM_LAUNCHED + 1
+# POSSIBLY_EPF_STEPPING, LAST_SEAMDB_INDEX, CURR_VM, VM_LAUNCHED, LP_DEPENDENT_HPA_UPDATED,
+# MODULE_DEPENDENT_FIELDS_UPDATED
+_STATE: Final = struct.Struct("<BB198xI4xQ8xQB15xBB20xQHxxB3xB3xB")
+assert tdvps.VCPU_STATE + _STATE.size == tdvps.MODULE_DEPENDENT_FIELDS_UPDATED + 1
 
 
 NO_REASON: Final = -1  # TdExit.reason of an exit that no VM exit explains
@@ -115,14 +116,15 @@ class Guest:
     `regs` are the guest's general-purpose registers during a TDCALL; other handlers use `cpu.gpr` and `cpu.set_gpr`.
     `event` is the VM-entry interruption information prepared since the last exit, 0 for none; `version` that of the
     TDCALL leaf; `bus_lock` says that an exit reported a preempted bus lock that the host has not been told of;
-    `gprs` are the registers of the TDG.VP.VMCALL with which it leaves. One Guest serves many entries: see `begin`.
+    `gprs` are the registers of the TDG.VP.VMCALL with which it leaves; `host_state_known`: the VMCS has the host state
+    of this module and processor. One Guest serves many entries: see `begin`.
     """
 
     __slots__ = (
         "associated", "attributes", "bus_lock", "call", "config_flags", "cpu", "curr_vm", "debug", "epoch", "event",
-        "filtered", "flags", "g", "gpaw", "gprs", "last_exit", "last_exit_tsc", "last_module", "launched",
-        "loaded_debug", "loaded_msrs", "pend_nmi", "perfmon", "platform", "reason", "regs", "retired", "shared_bit",
-        "state", "stepping", "switched_msrs", "td", "tdc", "vcpu", "version", "virt_maxpa", "vp", "xfam",
+        "filtered", "flags", "g", "gpaw", "gprs", "host_state_known", "last_exit", "last_exit_tsc", "last_module",
+        "launched", "loaded_debug", "loaded_msrs", "pend_nmi", "perfmon", "platform", "reason", "regs", "retired",
+        "shared_bit", "state", "stepping", "switched_msrs", "td", "tdc", "vcpu", "version", "virt_maxpa", "vp", "xfam",
         "xstate_area",
     )  # fmt: skip
 
@@ -163,9 +165,10 @@ class Guest:
         epf = self.stepping
         (
             self.state, self.last_exit, self.associated, self.epoch, self.last_exit_tsc, pend_nmi, epf.epf_gpas,
-            epf.epf_count, self.last_module, self.curr_vm, launched,
+            epf.epf_count, self.last_module, self.curr_vm, launched, lp_known, module_known,
         ) = _STATE.unpack(self.cpu.read(self.vp + tdvps.VCPU_STATE, _STATE.size))  # fmt: skip
         self.launched = launched != 0
+        self.host_state_known = bool(lp_known and module_known)
         self.pend_nmi = pend_nmi != 0
         self.event = 0
         self.reason = 0

@@ -12,7 +12,6 @@ from softtdx.abi.opstate import HOST_MASKS
 
 from .. import tdcs, tdr
 from ..context import Call
-from ..locks import READER
 from ..pamt import PamtPage
 from .guest import Guest
 
@@ -26,14 +25,13 @@ ENTERABLE: Final = HOST_MASKS[SeamcallLeaf.VP_ENTER]
 class Resident:
     """`guest` on its processor, with the locks that VP.ENTER holds for it."""
 
-    __slots__ = ("_address", "_after", "_before", "_first", "_held", "_keys", "_op_state", "_tdr", "guest")
+    __slots__ = ("_address", "_after", "_before", "_first", "_held", "_op_state", "_tdr", "guest")
 
     def __init__(self, call: Call, tdvpr: PamtPage, guest: Guest) -> None:
         """`call` holds the locks of VP.ENTER, and every check of pages and states has passed."""
         td = guest.td
         self.guest = guest
-        self._held = tuple(call.held)  # all of them shared
-        self._keys = tuple(key for key, _ in call.held)
+        self._held = call.held.entries()  # all of them shared
         self._address, self._first = tdvpr.address, tdvpr.first
         self._tdr = td.tdr
         self._op_state = td.p0 + tdcs.OP_STATE
@@ -42,16 +40,9 @@ class Resident:
 
     def lock(self, call: Call) -> bool:
         """Take the locks again. False, and nothing is held, when anything is not as it was: check step by step."""
-        locks = call.locks
         cpu = call.cpu
-        with locks.mutex:
-            state = locks.state
-            for key in self._keys:
-                if state.get(key, 0) & (READER - 1):  # held exclusively, or marked by a waiting host
-                    return False
-            for key in self._keys:
-                state[key] = state.get(key, 0) + READER
-        call.held.extend(self._held)
+        if not call.held.take_all(self._held):  # one is held exclusively, or marked by a waiting host
+            return False
         head = cpu.read(self._tdr, tdr.HEAD_SIZE)
         if (
             cpu.rd64(self._address) == self._first

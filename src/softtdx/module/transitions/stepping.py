@@ -85,7 +85,7 @@ def _would_fault(guest: Guest, gpa: int) -> bool:
     """Whether touching a private GPA would be an EPT violation for the host."""
     td = guest.td
     top = td.rd64(tdcs.EPTP) >> _EPTP_LEVEL_SHIFT & 7
-    _, entry, level = sept.walk(guest.cpu, td.pages[tdcs.SEPT_ROOT >> 12], top, gpa, 0)
+    _, entry, level = sept.walk(guest.cpu, td.sept_root, top, gpa, 0)
     if entry & 7 == 7 and (entry & LEAF or not level):
         return False
     pending = entry & STATE_MASK in sept.ACCEPTABLE

@@ -1,4 +1,7 @@
-"""The TD VMCS as TDH.VP.INIT makes it (TDX Module ABI, "TD VMCS"; Base Spec, "Initial State of Guest Registers")."""
+"""The VMCS of a vCPU, and of its L2 VMs, as TDH.VP.INIT makes them.
+
+TDX Module ABI, "TD VMCS" and "L2 VMCS"; Base Spec, "Initial State of Guest Registers".
+"""
 
 from typing import Final
 
@@ -23,10 +26,11 @@ from ..features import (
 )
 from ..platform import PlatformConfig
 from ..td import Td
+from ..virtual_msrs import l2_cr4_writable
 from ..vmx_controls import GUEST_CR0_INIT, GUEST_CR4_INIT
 from .vcpu import Vcpu
 
-__all__ = ["init_td_vmcs", "prepare_vmcs"]
+__all__ = ["init_l2_base_masks", "init_td_vmcs", "prepare_vmcs"]
 
 ALL_ONES: Final = (1 << 64) - 1
 REVISION_MASK: Final = 0x7FFF_FFFF
@@ -88,6 +92,8 @@ _CONTROL_STATE: Final = (
 
 # CR0 and CR4 bits that belong to the module whatever the processor fixes.
 CR0_OWNED: Final = 1 << 0 | 1 << 5 | 1 << 29 | 1 << 30 | 0xFFFF_FFFF_0000_0000 | 0x1FFA_FFC0
+CR0_PE: Final = 1 << 0
+CR0_NE: Final = 1 << 5
 CR0_PG: Final = 1 << 31
 CR0_SHADOW: Final = 1 << 0 | 1 << 5
 CR4_MCE: Final = 1 << 6
@@ -104,8 +110,8 @@ def prepare_vmcs(cpu: SeamCpu, region: int, platform: PlatformConfig) -> None:
     cpu.vmclear(region)
 
 
-def init_td_vmcs(td: Td, vcpu: Vcpu, platform: PlatformConfig) -> None:
-    """VMWRITE the L1 VMCS of a new vCPU, which is current."""
+def init_td_vmcs(td: Td, vcpu: Vcpu, platform: PlatformConfig, vm: int = 0) -> None:
+    """VMWRITE the VMCS of L1, or of L2 VM number `vm`, of a new vCPU; it is current."""
     vmwrite = td.call.cpu.vmwrite
     attributes = td.rd64(tdcs.ATTRIBUTES)
     for field, value in _GUEST_STATE:
@@ -115,32 +121,45 @@ def init_td_vmcs(td: Td, vcpu: Vcpu, platform: PlatformConfig) -> None:
         vmwrite(field, value)
     if platform.controls.secondary & vmcs.SECONDARY_ENCLV:
         vmwrite(F.ENCLV_EXITING_BITMAP, ALL_ONES)
-    _write_addresses(td, vcpu)
-    _write_controls(td, attributes, platform)
-    _write_masks(td, vcpu, attributes, platform)
+    _write_addresses(td, vcpu, vm)
+    _write_controls(td, attributes, platform, vm)
+    if vm:
+        _write_l2_masks(td, vcpu, vm, platform)
+    else:
+        _write_masks(td, vcpu, attributes, platform)
     hkid = td.hkid
-    vmwrite(F.VPID, hkid << VPID_HKID_SHIFT if hkid < MAX_HKID_FOR_VPID else 0)
+    vmwrite(F.VPID, hkid << VPID_HKID_SHIFT | vm if hkid < MAX_HKID_FOR_VPID else 0)
 
 
-def _write_addresses(td: Td, vcpu: Vcpu) -> None:
-    """Pages of TDCS and TDVPS that the processor uses; the shared EPT is empty until the host writes its own."""
+def _write_addresses(td: Td, vcpu: Vcpu, vm: int) -> None:
+    """Pages of TDCS and TDVPS that the processor uses; the shared EPT is empty until the host writes its own.
+
+    The virtual APIC and the #VE information of an L2 VM are its L1 VMM's to choose.
+    """
     vmwrite = td.call.cpu.vmwrite
     zero = td.pages[tdcs.ZERO_PAGE >> 12]
-    vmwrite(F.VIRTUAL_APIC_ADDRESS, vcpu.pages[tdvps.VAPIC >> 12])
-    vmwrite(F.MSR_BITMAPS, td.pages[tdcs.MSR_BITMAPS >> 12])
-    vmwrite(F.VE_INFORMATION_ADDRESS, vcpu.pages[0])
+    eptp = td.rd64(tdcs.EPTP) & ~td.call.g.hkid_mask
+    if vm:
+        vmwrite(F.VIRTUAL_APIC_ADDRESS, ALL_ONES)
+        vmwrite(F.MSR_BITMAPS, vcpu.pages[(tdvps.L2_MSR_BITMAPS_1 >> 12) + tdvps.PAGES_PER_L2_VM * (vm - 1)])
+        vmwrite(F.VE_INFORMATION_ADDRESS, ALL_ONES)
+        eptp = eptp & PAGE | td.pages[(tdcs.L2_SEPT_ROOT_1 >> 12) + vm - 1] & ~td.call.g.hkid_mask
+    else:
+        vmwrite(F.VIRTUAL_APIC_ADDRESS, vcpu.pages[tdvps.VAPIC >> 12])
+        vmwrite(F.MSR_BITMAPS, td.pages[tdcs.MSR_BITMAPS >> 12])
+        vmwrite(F.VE_INFORMATION_ADDRESS, vcpu.pages[0])
     vmwrite(F.LOW_PASID_DIRECTORY, zero)
     vmwrite(F.HIGH_PASID_DIRECTORY, zero)
     vmwrite(F.SHARED_EPTP, zero)
     vmwrite(F.TD_HKID, td.hkid)
     vmwrite(F.TSC_MULTIPLIER, td.rd64(tdcs.TSC_MULTIPLIER))
     vmwrite(F.TSC_OFFSET, td.rd64(tdcs.TSC_OFFSET))
-    vmwrite(F.EPTP, td.rd64(tdcs.EPTP) & ~td.call.g.hkid_mask)
+    vmwrite(F.EPTP, eptp)
 
 
-def _write_controls(td: Td, attributes: int, platform: PlatformConfig) -> None:
+def _write_controls(td: Td, attributes: int, platform: PlatformConfig, vm: int) -> None:
     vmwrite = td.call.cpu.vmwrite
-    controls = platform.controls
+    controls = platform.l2_controls if vm else platform.controls
     flags = td.read(tdcs.CPUID_FLAGS, CPUID_FLAGS_SIZE)
     debug = attributes & ATTR_DEBUG
 
@@ -189,3 +208,29 @@ def _write_masks(td: Td, vcpu: Vcpu, attributes: int, platform: PlatformConfig) 
         vcpu.wr64(copy, value)
     if msrs[Msr.VMX_PROCBASED_CTLS3] & vmcs.TERTIARY_SPEC_CTRL:
         vmwrite(F.SPEC_CTRL_MASK, td.rd64(tdcs.IA32_SPEC_CTRL_MASK))
+
+
+def _write_l2_masks(td: Td, vcpu: Vcpu, vm: int, platform: PlatformConfig) -> None:
+    """An L2 VM starts with every bit of CR0 and CR4 owned by its L1 VMM."""
+    vmwrite = td.call.cpu.vmwrite
+    for field, copy, value, known in (
+        (F.CR0_MASK, tdvps.SHADOW_CR0_GUEST_HOST_MASK, ALL_ONES, ALL_ONES),
+        (F.CR0_READ_SHADOW, tdvps.SHADOW_CR0_READ_SHADOW, CR0_SHADOW, 0),
+        (F.CR4_MASK, tdvps.SHADOW_CR4_GUEST_HOST_MASK, ALL_ONES, ALL_ONES),
+        (F.CR4_READ_SHADOW, tdvps.SHADOW_CR4_READ_SHADOW, CR4_MCE | CR4_VMXE, 0),
+    ):
+        vmwrite(field, value)
+        vcpu.wr64(copy + 8 * vm, known)
+    if platform.msrs[Msr.VMX_PROCBASED_CTLS3] & vmcs.TERTIARY_SPEC_CTRL:
+        vmwrite(F.SPEC_CTRL_MASK, td.rd64(tdcs.IA32_SPEC_CTRL_MASK))
+
+
+def init_l2_base_masks(td: Td, vcpu: Vcpu, platform: PlatformConfig) -> None:
+    """What the module itself owns of CR0 and CR4 in an L2 VM; every vCPU has it, whether its TD has L2 VMs or not."""
+    msrs = platform.msrs
+    fixed0, fixed1 = msrs[Msr.VMX_CR0_FIXED0], msrs[Msr.VMX_CR0_FIXED1]
+    free = ~(CR0_PG | CR0_PE)
+    vcpu.wr64(tdvps.BASE_L2_CR0_GUEST_HOST_MASK, ((fixed0 | ~fixed1) & free | CR0_OWNED & ~CR0_PE) & ALL_ONES)
+    vcpu.wr64(tdvps.BASE_L2_CR0_READ_SHADOW, fixed0 & free | CR0_NE)
+    vcpu.wr64(tdvps.BASE_L2_CR4_GUEST_HOST_MASK, ~l2_cr4_writable(platform, td) & ALL_ONES)
+    vcpu.wr64(tdvps.BASE_L2_CR4_READ_SHADOW, msrs[Msr.VMX_CR4_FIXED0] | CR4_MCE | CR4_VMXE)

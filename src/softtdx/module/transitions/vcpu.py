@@ -5,6 +5,7 @@ translations; TDH.VP.FLUSH takes it off (TDX Module Base Spec, "TD VCPU Associat
 """
 
 import struct
+from collections.abc import Sequence
 from typing import Final
 
 from softtdx.abi.opstate import VcpuState
@@ -13,17 +14,19 @@ from softtdx.abi.status import Operand, Status
 from .. import tdcs, tdvps
 from ..atomics import add16, add32
 from ..context import Call
+from ..control_pages import PAGE, ControlPages
 from ..errors import LeafError
+from ..ids import TD_EPOCH
 from ..locks import HELD, HOST_PRIORITY
 from ..pamt import PageType, PamtPage, lock_page
 from ..td import LockId, Td
 
 __all__ = ["Vcpu", "flush_td_translations", "lock_tdvpr"]
 
-PAGE: Final = 0xFFF
 READY: Final = int(VcpuState.READY)
 DISABLED: Final = int(VcpuState.DISABLED)
 INVEPT_SINGLE_CONTEXT: Final = 1
+EPOCH_LOCK: Final = int(LockId.EPOCH)
 
 
 def lock_tdvpr(call: Call, pa: int, exclusive: bool, operand: int = Operand.RCX) -> PamtPage:
@@ -42,13 +45,15 @@ def flush_td_translations(td: Td) -> None:
         cpu.invept(INVEPT_SINGLE_CONTEXT, eptp & PAGE | root)
 
 
-class Vcpu:
+class Vcpu(ControlPages):
     """A vCPU whose TDVPR is locked: accessors of its TDVPS by the offsets of `module.tdvps`.
 
     `pages` are the bus addresses of its TDVPS pages, TD KeyID included; `p0` is the first, the TDVPR.
     """
 
-    __slots__ = ("_cpu", "call", "p0", "pa", "pages", "td", "vmcs")
+    __slots__ = ("p0", "pa", "pages", "td", "vmcs")
+
+    pages: Sequence[int]
 
     def __init__(self, call: Call, td: Td, pa: int) -> None:
         """The vCPU whose TDVPR is at `pa`. LeafError TDCX_NUM_INCORRECT when pages are missing."""
@@ -64,47 +69,6 @@ class Vcpu:
             raise LeafError(Status.TDCX_NUM_INCORRECT)
         self.pages = struct.unpack(f"<{needed}Q", cpu.read(p0 + tdvps.TDVPS_PAGE_PA, 8 * needed))
         self.vmcs = self.pages[1]
-
-    # --- TDVPS fields, by offset
-    def rd8(self, at: int) -> int:
-        """A byte of the TDVPS."""
-        return self._cpu.rd8(self.pages[at >> 12] + (at & PAGE))
-
-    def rd16(self, at: int) -> int:
-        """16 bits of the TDVPS."""
-        return self._cpu.rd16(self.pages[at >> 12] + (at & PAGE))
-
-    def rd32(self, at: int) -> int:
-        """32 bits of the TDVPS."""
-        return self._cpu.rd32(self.pages[at >> 12] + (at & PAGE))
-
-    def rd64(self, at: int) -> int:
-        """64 bits of the TDVPS."""
-        return self._cpu.rd64(self.pages[at >> 12] + (at & PAGE))
-
-    def wr8(self, at: int, value: int) -> None:
-        """Write a byte of the TDVPS."""
-        self._cpu.wr8(self.pages[at >> 12] + (at & PAGE), value)
-
-    def wr16(self, at: int, value: int) -> None:
-        """Write 16 bits of the TDVPS."""
-        self._cpu.wr16(self.pages[at >> 12] + (at & PAGE), value)
-
-    def wr32(self, at: int, value: int) -> None:
-        """Write 32 bits of the TDVPS."""
-        self._cpu.wr32(self.pages[at >> 12] + (at & PAGE), value)
-
-    def wr64(self, at: int, value: int) -> None:
-        """Write 64 bits of the TDVPS."""
-        self._cpu.wr64(self.pages[at >> 12] + (at & PAGE), value)
-
-    def read(self, at: int, size: int) -> bytes:
-        """Bytes of the TDVPS, within one page."""
-        return self._cpu.read(self.pages[at >> 12] + (at & PAGE), size)
-
-    def write(self, at: int, data: bytes) -> None:
-        """Write bytes of the TDVPS, within one page."""
-        self._cpu.write(self.pages[at >> 12] + (at & PAGE), data)
 
     # --- association
     def associate(self, *, allow_disabled: bool = False) -> bool:
@@ -130,6 +94,7 @@ class Vcpu:
                 raise LeafError(Status.VCPU_ASSOCIATED)
             self._cpu.wr32(at, lpid)
         self._note_module()
+        self.wr32(tdvps.LP_DEPENDENT_HPA_UPDATED, 0)
         add32(self._cpu, self.td.p0 + tdcs.NUM_ASSOC_VCPUS, 1)
         return True
 
@@ -145,11 +110,13 @@ class Vcpu:
         add32(self._cpu, self.td.p0 + tdcs.NUM_ASSOC_VCPUS, -1)
 
     def _note_module(self) -> None:
-        """Remember which module ran the vCPU last: an updated one has to renew the VMCS's host state."""
+        """Remember which module ran the vCPU last: an updated one has to renew the host state in its VMCSs."""
         index = self.call.g.seamdb_index
         at = self.p0 + tdvps.LAST_SEAMDB_INDEX
         if int.from_bytes(self._cpu.read(at, 8), "little") != index:
             self._cpu.write(at, index.to_bytes(8, "little"))
+            self.wr32(tdvps.MODULE_DEPENDENT_FIELDS_UPDATED, 0)
+            self.wr32(tdvps.LP_DEPENDENT_HPA_UPDATED, 0)
 
     # --- TLB tracking
     def enter_epoch(self, last: int, *, newly_bound: bool) -> int:
@@ -159,14 +126,18 @@ class Vcpu:
         """
         td = self.td
         locks = td.call.locks
-        key = td.pa | LockId.EPOCH
-        with locks.mutex:
-            held = locks.state.get(key, 0)
+        key = td.pa | EPOCH_LOCK
+        while True:
+            held = locks.words.load(key)
             if held & HELD:
-                locks.state[key] = held | HOST_PRIORITY
-                raise LeafError(Status.OPERAND_BUSY, Operand.TD_EPOCH)
+                if locks.words.cas(key, held, held | HOST_PRIORITY) != held:
+                    continue
+                raise LeafError(Status.OPERAND_BUSY, TD_EPOCH)
             epoch = td.rd64(tdcs.TD_EPOCH)
             add16(self._cpu, td.p0 + tdcs.REFCOUNT + 2 * (epoch & 1), 1)
+            if not locks.words.load(key) & HELD and td.rd64(tdcs.TD_EPOCH) == epoch:
+                break
+            self.leave_epoch(epoch)  # TDH.MEM.TRACK came in between, and may not have seen this vCPU
         if epoch != last:
             if not newly_bound:
                 flush_td_translations(td)

@@ -1,7 +1,8 @@
 """The initramfs of `softtdx boot`: busybox, the TDX guest modules and an init that runs a shell or one command.
 
 /dev/hvc0 is the console. /dev/hvc1 goes to the VMM: `userspace` when init runs, then `status N` of the command. In a TD
-init takes a quote at the end, so that the VMM can tell the RTMRs that the guest attests.
+init takes a quote at the end, so that the VMM can tell the RTMRs that the guest attests. With `agent`, a loop on
+/dev/hvc2 takes quotes with the report data that comes from there (softtdx.vmm.agent).
 """
 
 import shlex
@@ -28,6 +29,7 @@ $bb --install -s /bin
 export PATH=/bin HOME=/ TERM=vt100
 for module in {modules}; do insmod /modules/$module.ko 2>/dev/null; done
 [ -d /sys/kernel/config ] && mount -t configfs config /sys/kernel/config
+{agent}
 {action}
 {report}
 grep -q ttyS /proc/cmdline && sleep 1
@@ -44,14 +46,36 @@ if mkdir $report 2>/dev/null; then
   head -c 64 /dev/zero > $report/inblob
   cat $report/outblob > /dev/null
 fi"""
+# The channel leads to the host, which the TD does not trust: nothing but hexadecimal digits is used.
+_AGENT = """serve() {
+  stty raw -echo
+  echo ready
+  while read -r number data; do
+    case "$number$data" in *[!0-9a-f]*) continue ;; esac
+    box=/sys/kernel/config/tsm/report/agent$number
+    quote=
+    if mkdir $box 2>/dev/null; then
+      printf "$(echo $data | sed 's/../\\\\x&/g')" > $box/inblob && quote=$(base64 $box/outblob | tr -d '\\n')
+      rmdir $box
+    fi
+    echo "$number $quote"
+  done
+}
+[ -c /dev/hvc2 ] && serve <> /dev/hvc2 >&0 2>/dev/null &
+"""
 _COMMAND = """sh -c {command}
 tell "status $?"
 """
 _MAX_FILE = 256 << 20
 
 
-def build_initramfs(images: Images, command: str | None = None, files: dict[str, Path] | None = None) -> bytes:
-    """An archive that runs `command`, or a shell. `files` are added under their names in the guest, executable."""
+def build_initramfs(
+    images: Images, command: str | None = None, files: dict[str, Path] | None = None, *, agent: bool = False
+) -> bytes:
+    """An archive that runs `command`, or a shell. `files` are added under their names in the guest, executable.
+
+    `agent`: it takes quotes for who asks on /dev/hvc2.
+    """
     if command is not None and "\0" in command:
         raise PayloadError("the command for --exec has a NUL character")
     modules = [file.stem for file in images.modules]
@@ -66,7 +90,9 @@ def build_initramfs(images: Images, command: str | None = None, files: dict[str,
         archive.file(f"modules/{file.name}", _read(file))
     for name, source in (files or {}).items():
         archive.file(name.lstrip("/"), _read(source), 0o755)
-    archive.file("init", _INIT.format(modules=" ".join(modules), action=action, report=_REPORT).encode(), 0o755)
+    agent_loop = _AGENT if agent else ""
+    init = _INIT.format(modules=" ".join(modules), agent=agent_loop, action=action, report=_REPORT)
+    archive.file("init", init.encode(), 0o755)
     return archive.to_bytes()
 
 

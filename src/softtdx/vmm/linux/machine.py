@@ -10,6 +10,7 @@ from softtdx.abi.kvm import KvmExit, TdxCommand
 from softtdx.kvm import Host, KvmError, Vcpu
 from softtdx.kvm.memory import PAGE
 from softtdx.kvm.uapi import CpuidEntry, IoExit, KvmRun, MmioExit
+from softtdx.vmm.agent import Agent, ChannelAgent
 from softtdx.vmm.errors import MachineError
 from softtdx.vmm.hypercalls import GuestSharedMemory
 from softtdx.vmm.linux.acpi import RESET_PORT, RESET_VALUE, SLEEP_CONTROL_PORT, SLEEP_TYPE_S5
@@ -33,6 +34,7 @@ _PAUSE_PORT = 0x511
 _TIMER_PORTS = range(0x40, 0x44)
 _PAUSE = 0.002  # seconds that a read of the pause port takes
 _SLEEP_ENABLE = 1 << 5
+_MAX_STATUS = 4096  # bytes of a line on the status channel
 
 
 class Stage(IntEnum):
@@ -72,6 +74,13 @@ class LinuxMachine(Machine):
         self.console = VirtioConsole(self._shared, self._print)
         self._plug(self.console)
         self._plug(VirtioConsole(self._shared, self._status_channel))
+        if isinstance(self.agent, ChannelAgent):
+            channel = VirtioConsole(self._shared, self.agent.receive)
+            self.agent.attach(channel.feed)
+            self._plug(channel)
+
+    def _make_agent(self) -> Agent:
+        return ChannelAgent()
 
     def _plug(self, device: VirtioDevice) -> None:
         self.pci.add(VirtioPci(device, self.vm.signal_msi))
@@ -189,6 +198,7 @@ class LinuxMachine(Machine):
         """Lines that our init writes to /dev/hvc1."""
         self._status_text += data
         *lines, self._status_text = self._status_text.split(b"\n")
+        self._status_text = self._status_text[-_MAX_STATUS:]
         for line in map(bytes.strip, lines):
             if line == USERSPACE:
                 self.stage = Stage.USERSPACE

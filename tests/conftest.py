@@ -1,8 +1,17 @@
-"""A host with TDX up, shared by the tests of this floor, and the accounts that must balance after each."""
+"""A host with TDX up, shared by the tests that need one, and the accounts that must balance after each."""
+
+import signal
 
 import pytest
 
 from softtdx.vmm.boot import boot_host
+
+
+@pytest.fixture(scope="session", autouse=True)
+def children_can_be_interrupted():
+    """A shell starts background jobs with SIGINT ignored, and the programs under test would inherit that."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
