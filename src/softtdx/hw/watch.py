@@ -6,8 +6,8 @@ loads of all processors are watched, by the host's software and by SEAM software
     with platform.after_load(params, 8, act):    # `act` once, right behind the first load that touches the 8 bytes
         lp.seamcall(rax=SeamcallLeaf.MNG_INIT, rcx=tdr, rdx=params)
 
-Only the loads of root-mode software are seen; a guest's are the interpreter's. Nothing is watched, and nothing costs
-anything, outside the with statement.
+Only the loads of root-mode software are seen, not a guest's, nor those of page walks and the PAMT's. Nothing is
+watched, and nothing costs anything, outside the with statement.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["after_load"]
 
 _SIZES = {"rd8": 1, "rd16": 2, "rd32": 4, "rd64": 8, "cas64": 8}
+_OTHERS = ("read", "copy_page", "extend_sha384")
 _PAGE = 4096
 
 
@@ -51,10 +52,17 @@ def after_load(platform: "Platform", address: int, size: int, act: Callable[[], 
             loaded(pa, _SIZES[name])
             return value
 
-        return {"read": read, "copy_page": copy_page}.get(name, word)
+        def extend_sha384(pa: int, record: bytes, source: int = 0, length: int = 0) -> Any:
+            load(pa, record, source, length)
+            loaded(source, length)
+
+        special: dict[str, Callable[..., Any]] = {
+            "read": read, "copy_page": copy_page, "extend_sha384": extend_sha384,
+        }  # fmt: skip
+        return special.get(name, word)
 
     owners = [owner for lp in platform.lps for owner in (lp, lp._seam_cpu)]
-    names = [(owner, name) for owner in owners for name in ("read", "copy_page", *_SIZES) if hasattr(owner, name)]
+    names = [(owner, name) for owner in owners for name in (*_OTHERS, *_SIZES) if hasattr(owner, name)]
     before = [(owner, name, getattr(owner, name)) for owner, name in names]
     try:
         for owner, name, load in before:
