@@ -88,7 +88,9 @@ class Victim:
             return
         index = slot.file_offset(gpa) // PAGE
         slot.guest_memfd.get_page(index)
-        self.machine.host.memory.free(slot.guest_memfd.replace(index, page))
+        old = slot.guest_memfd.replace(index, page)
+        if old is not None:
+            self.machine.host.memory.free(old)
 
     def flush(self) -> None:
         """INVEPT on the processor that the victim stands on."""
