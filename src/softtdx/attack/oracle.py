@@ -118,9 +118,7 @@ class Oracle:
         found = {}
         for base in ranges:
             block = self.state.blocks.get(base >> 30)
-            if block is None:
-                continue
-            for level, at, raw in self._levels(block, base):
+            for level, at, raw in self._levels(block, base) if block is not None else ():
                 types = raw[2::ENTRY_SIZE]
                 for match in _USED.finditer(types):
                     index = match.start()
@@ -247,7 +245,7 @@ class Oracle:
         return found
 
     # --- judging
-    def check(self, ranges: Iterable[int], *, running: bool = False) -> dict[int, TdView]:
+    def check(self, ranges: Sequence[int], *, running: bool = False) -> dict[int, TdView]:
         """Everything that must hold. `ranges`: all the 2 MiB ranges that pages were given from. The TDs, by their TDR.
 
         `running`: a vCPU is inside, so that locks and epoch counters may be taken. Raises BrokenInvariantError.
@@ -260,6 +258,7 @@ class Oracle:
         used = self.owned(ranges)
         tds = {pa: self.td(pa) for pa, (_, kind, _) in used.items() if kind == PageType.TDR}
         of_td = self._by_owner(used, tds)
+        self._check_pamt_pages(ranges, used)
         for view in tds.values():
             self._check_pages(view, of_td[view.pa])
             if not running and any(view.refcounts):
@@ -277,6 +276,19 @@ class Oracle:
         held = {key: value for key, value in g.locks.state.items() if value & ~HOST_PRIORITY}
         if held:
             raise BrokenInvariantError(f"{len(held)} locks are held between calls: {held}")
+
+    def _check_pamt_pages(self, ranges: Iterable[int], used: dict[int, tuple[int, int, int]]) -> None:
+        """Dynamic PAMT: the 2 MiB entry counts the pages in use below it."""
+        for base in ranges:
+            block = self.state.blocks.get(base >> 30)
+            if block is None or not block.dynamic:
+                continue
+            large = self.platform.memory.read(block.e2m + ((base & _1G - 1) >> 17), ENTRY_SIZE, seam=True)
+            if large[2] & 0x1F == PageType.PAMT:
+                count = struct.unpack_from("<H", large, 8)[0] & 0x3FF
+                pages = sum(base <= pa < base + _2M for pa in used)
+                if count != pages:
+                    raise BrokenInvariantError(f"the PAMT entry of {base:#x} counts {count} pages in use of {pages}")
 
     def _by_owner(
         self, used: dict[int, tuple[int, int, int]], tds: dict[int, TdView]
