@@ -12,10 +12,11 @@ from softtdx.vmm.images import Images, cached_images, pull_images
 from softtdx.vmm.linux.bzimage import load_bzimage
 from softtdx.vmm.linux.initramfs import USERSPACE, build_initramfs
 from softtdx.vmm.linux.machine import LinuxMachine, Stage
+from softtdx.vmm.linux.profile import profile_boot
 from softtdx.vmm.machine import MachineConfig
 from softtdx.vmm.quoting import QuotingService
 
-__all__ = ["bench_boot", "bench_qemu"]
+__all__ = ["bench_boot", "bench_profile", "bench_qemu"]
 
 _MEMORY = 512 << 20
 _COMMAND_LINE = "console=hvc0 panic=-1 quiet"
@@ -38,6 +39,11 @@ def bench_boot(*, vm: bool) -> dict[str, float]:
         if machine.stage is not Stage.USERSPACE:
             raise SoftTdxError(f"the boot ended before userspace: {result.message or result.end.value}")
     return {"s": result.wall_s, "mips": result.instructions / result.wall_s / 1e6, "giga": result.instructions / 1e9}
+
+
+def bench_profile() -> dict[str, int]:
+    """Instructions of a TD's boot to userspace by place: firmware, decompressor, functions of the kernel."""
+    return profile_boot(boot_host(), _images(), _MEMORY, _COMMAND_LINE, vm=False)
 
 
 def bench_qemu() -> dict[str, float]:
