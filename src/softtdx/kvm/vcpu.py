@@ -264,6 +264,9 @@ class Vcpu:
         vm, cpus = self.vm, self.vm.host.cpus
         with cpus.run(self.cpu) as lp, self._counted(lp):
             self.ops.load(lp)
+            if self.cpu != lp.index:
+                # New here: what the TLB has may be older than the last flush, or of a VM whose tables were there.
+                self.tlb_flush_wanted = True
             self.cpu = lp.index
             while True:
                 if vm.dead:
