@@ -3,8 +3,13 @@
 import signal
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from softtdx.vmm.boot import boot_host
+
+# A busy machine is slow: how long an example or its making takes says nothing of what is tested.
+settings.register_profile("softtdx", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("softtdx")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -54,6 +54,7 @@ class KvmIoctl(IntEnum):
     GET_SUPPORTED_CPUID = _io(3, 0x05, 8)
     GET_MSR_FEATURE_INDEX_LIST = _io(3, 0x0A, 4)
     CREATE_VCPU = _io(0, 0x41, 0)
+    GET_DIRTY_LOG = _io(1, 0x42, 16)
     SET_USER_MEMORY_REGION = _io(1, 0x46, 32)
     SET_TSS_ADDR = _io(0, 0x47, 0)
     SET_IDENTITY_MAP_ADDR = _io(1, 0x48, 8)
@@ -97,6 +98,7 @@ class KvmIoctl(IntEnum):
     GET_XCRS = _io(2, 0xA6, 392)
     SET_XCRS = _io(1, 0xA7, 392)
     MEMORY_ENCRYPT_OP = _io(3, 0xBA, 8)
+    CLEAR_DIRTY_LOG = _io(3, 0xC0, 24)
     GET_SREGS2 = _io(2, 0xCC, 320)
     SET_SREGS2 = _io(1, 0xCD, 320)
     GET_XSAVE2 = _io(2, 0xCF, 4096)
@@ -168,6 +170,9 @@ SYSTEM_EVENT_SHUTDOWN: Final = 1
 SYSTEM_EVENT_RESET: Final = 2
 SYSTEM_EVENT_CRASH: Final = 3
 SYSTEM_EVENT_TDX_FATAL: Final = 7
+GUEST_MEMFD_FLAG_HUGETLB: Final = 1 << 1  # these three as in the posted series; the kernel has no such flags yet
+GUESTMEM_HUGETLB_FLAG_2MB: Final = 21 << 58
+GUESTMEM_HUGETLB_FLAG_1GB: Final = 30 << 58
 INTERNAL_ERROR_EMULATION: Final = 1
 INTERNAL_ERROR_UNEXPECTED_EXIT_REASON: Final = 4
 HC_MAP_GPA_RANGE: Final = 12
@@ -251,6 +256,7 @@ class KvmCap(IntEnum):
     X2APIC_API = 129
     IMMEDIATE_EXIT = 136
     GET_MSR_FEATURES = 153
+    MANUAL_DIRTY_LOG_PROTECT2 = 168
     X86_USER_SPACE_MSR = 188
     SREGS2 = 200
     EXIT_HYPERCALL = 201

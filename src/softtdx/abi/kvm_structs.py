@@ -108,6 +108,22 @@ class UserspaceMemoryRegion2(Wire, size=160):
     guest_memfd = uint(40, 4)
 
 
+class DirtyLog(Wire, size=16):
+    """struct kvm_dirty_log: `dirty_bitmap` is a user address."""
+
+    slot = uint(0, 4)
+    dirty_bitmap = uint(8, 8)
+
+
+class ClearDirtyLog(Wire, size=24):
+    """struct kvm_clear_dirty_log."""
+
+    slot = uint(0, 4)
+    num_pages = uint(4, 4)
+    first_page = uint(8, 8)
+    dirty_bitmap = uint(16, 8)
+
+
 class CreateGuestMemfd(Wire, size=64):
     """struct kvm_create_guest_memfd; bytes 16 to 63 are reserved."""
 

@@ -53,7 +53,7 @@ class Process:
     def __init__(self, host: Host) -> None:
         """A process that has opened nothing; `mm` is its memory."""
         self.host = host
-        self.mm = AddressSpace(host.memory)
+        self.mm = AddressSpace(host.memory, host.mm.swap)
         self._files: dict[int, File] = {}
         self._next = _FIRST_FD
 

@@ -67,6 +67,19 @@ def _set_memory_attributes(process: "Process", vm: Vm, arg: Argument) -> None:
     vm.set_memory_attributes(wanted.address, wanted.size, wanted.attributes)
 
 
+def _get_dirty_log(process: "Process", vm: Vm, arg: Argument) -> None:
+    del process
+    wanted = arg.parse(wire.DirtyLog)
+    arg.at(wanted.dirty_bitmap).write(vm.get_dirty_log(wanted.slot))
+
+
+def _clear_dirty_log(process: "Process", vm: Vm, arg: Argument) -> None:
+    del process
+    wanted = arg.parse(wire.ClearDirtyLog)
+    bitmap = arg.at(wanted.dirty_bitmap).read(-(-wanted.num_pages // 8))
+    vm.clear_dirty_log(wanted.slot, wanted.first_page, wanted.num_pages, bitmap)
+
+
 # --- the VM as a whole
 def _check_extension(process: "Process", vm: Vm, arg: Argument) -> int:
     del process
@@ -173,6 +186,8 @@ _HANDLERS: Final[dict[int, Callable[["Process", Vm, Argument], int | None]]] = {
     Ioctl.SET_USER_MEMORY_REGION: _set_memory_region,
     Ioctl.SET_USER_MEMORY_REGION2: _set_memory_region,
     Ioctl.CREATE_GUEST_MEMFD: _create_guest_memfd,
+    Ioctl.GET_DIRTY_LOG: _get_dirty_log,
+    Ioctl.CLEAR_DIRTY_LOG: _clear_dirty_log,
     Ioctl.SET_MEMORY_ATTRIBUTES: _set_memory_attributes,
     Ioctl.ENABLE_CAP: _enable_cap,
     Ioctl.SIGNAL_MSI: _signal_msi,

@@ -3,6 +3,7 @@
 import errno
 
 from softtdx.abi.kvm import KVM_API_VERSION, KVM_X86_DEFAULT_VM, KvmCap, KvmIoctl, MsrExitReason, argument_size
+from softtdx.kvm.dirty_log import DIRTY_LOG_INITIALLY_SET, DIRTY_LOG_MANUAL_PROTECT
 from softtdx.kvm.emulate import feature_msr, host_cpuid
 from softtdx.kvm.errors import KvmError
 from softtdx.kvm.host import Host
@@ -31,7 +32,7 @@ class Kvm:
     def __init__(self, host: Host, mm: AddressSpace | None = None) -> None:
         """Open it for a process; by default for a new one."""
         self.host = host
-        self.mm = mm or AddressSpace(host.memory)
+        self.mm = mm or AddressSpace(host.memory, host.mm.swap)
         self.vms: list[Vm] = []
 
     def get_api_version(self) -> int:
@@ -49,6 +50,7 @@ class Kvm:
             KvmCap.MAX_VCPU_ID: VmOps.max_vcpus,
             KvmCap.VM_TYPES: sum(1 << vm_type for vm_type in types),
             KvmCap.EXIT_HYPERCALL: HYPERCALL_EXITS,
+            KvmCap.MANUAL_DIRTY_LOG_PROTECT2: DIRTY_LOG_MANUAL_PROTECT | DIRTY_LOG_INITIALLY_SET,
             KvmCap.X86_USER_SPACE_MSR: sum(MsrExitReason),
             KvmCap.X2APIC_API: 3,
             KvmCap.XSAVE2: argument_size(KvmIoctl.GET_XSAVE2),

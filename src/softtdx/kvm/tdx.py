@@ -105,6 +105,12 @@ class TdxVm(VmOps):
         """GPA bit 47 or 51; 0 before KVM_TDX_INIT_VM."""
         return _SHARED_BIT[self.levels] if self.state is not TdState.UNINITIALIZED else 0
 
+    @property
+    def secure_ept(self) -> SecureEpt | None:
+        """The S-EPT's mirror, between KVM_TDX_INIT_VM and the loss of the KeyID."""
+        gone = self.state is TdState.UNINITIALIZED or self.hkid is None or self.vm.closed
+        return None if gone else self.secure
+
     def vcpu_create(self, vcpu: Vcpu) -> VcpuOps:
         """KVM_CREATE_VCPU: EIO before KVM_TDX_INIT_VM, as in the kernel."""
         from softtdx.kvm.tdx_vcpu import TdxVcpu
@@ -235,7 +241,7 @@ class TdxVm(VmOps):
 
     def zap_private(self, start: int, end: int) -> None:
         """Remove what is mapped in the range; KVM_BUG_ON if the module refuses."""
-        if self.state is TdState.UNINITIALIZED or self.hkid is None:
+        if self.secure_ept is None:
             return
         with self.vm.host.cpus.run() as lp:
             try:
@@ -248,7 +254,7 @@ class TdxVm(VmOps):
         """BLOCK, TRACK and RELOCATE of what is mapped in the range."""
         from softtdx.kvm.page_moves import migrate
 
-        if self.state is TdState.UNINITIALIZED or self.hkid is None:
+        if self.secure_ept is None:
             return 0
         with self.vm.host.cpus.run() as lp:
             return migrate(self.vm, lp, self.secure, start, end, within)
@@ -257,7 +263,7 @@ class TdxVm(VmOps):
         """RELOCATE into one block, where the pages are not in one, and PROMOTE."""
         from softtdx.kvm.page_moves import collapse
 
-        if self.state is TdState.UNINITIALIZED or self.hkid is None:
+        if self.secure_ept is None:
             return False
         with self.vm.host.cpus.run() as lp:
             return collapse(self.vm, lp, self.secure, base)

@@ -40,6 +40,7 @@ _TSC_FRACTION = 48  # of the TSC multiplier
 _STATE_DETAILS, _PEND_NMI = "VCPU_STATE_DETAILS", "PEND_NMI"
 _VINTR_PENDING = 1  # of VCPU_STATE_DETAILS
 _U64 = (1 << 64) - 1
+_EPT_WRITE = 2  # of an EPT violation's exit qualification
 _REQUESTED_LEVEL = 32  # of an ACCEPT's extended exit qualification: bits 34:32
 
 
@@ -63,7 +64,6 @@ class TdxVcpu(VcpuOps):
         self.tdvpr: int | None = None
         self.tdcx: list[int] = []
         self.regs = Registers()
-        self._cpu: int | None = None  # the processor that the module associates the vCPU with
 
     # --- KVM_MEMORY_ENCRYPT_OP
     def memory_encrypt_op(self, command: int, argument: object) -> object:
@@ -138,11 +138,10 @@ class TdxVcpu(VcpuOps):
 
     def _add_page(self, lp: LogicalProcessor, region: TdxInitMemRegion) -> None:
         vm, td, gpa = self.vcpu.vm, self.td, region.gpa
-        with vm.mmu_lock:
+        with vm.mm.pinned(region.source_addr) as source, vm.mmu_lock:
             slot = vm.memslots.find(gpa)
             if slot is None or slot.guest_memfd is None or not vm.private.is_private(gpa):
                 raise KvmError(errno.EINVAL, f"GPA {gpa:#x} is not private memory with a guest_memfd behind it")
-            source = vm.mm.get_page(region.source_addr)
             if td.secure.lookup(gpa) is not None:
                 raise KvmError(errno.EEXIST, f"initial memory at GPA {gpa:#x} was added before")
             td.secure.add(lp, gpa, slot.guest_memfd.get_page(slot.file_offset(gpa) // PAGE), source)
@@ -262,12 +261,13 @@ class TdxVcpu(VcpuOps):
     # --- scheduling
     def load(self, lp: LogicalProcessor) -> None:
         """On another processor than before: flush there first (tdx_vcpu_load)."""
-        if self.td.state is not TdState.RUNNABLE or self.state is not VcpuState.INITIALIZED:
-            raise KvmError(errno.EINVAL, "KVM_RUN before the TD is finalised or the vCPU is initialised")
-        if self._cpu not in (None, lp.index):
-            self.flush()
-        evict(lp)
-        self._cpu = lp.index
+        with self.vcpu.association:
+            if self.td.state is not TdState.RUNNABLE or self.state is not VcpuState.INITIALIZED:
+                raise KvmError(errno.EINVAL, "KVM_RUN before the TD is finalised or the vCPU is initialised")
+            if self._cpu not in (None, lp.index):
+                self.flush()
+            evict(lp)
+            self._cpu = lp.index
 
     def flush(self) -> None:
         """TDH.VP.FLUSH on the processor that has the vCPU."""
@@ -367,7 +367,7 @@ class TdxVcpu(VcpuOps):
         kind = extended & 0xF
         if gpa & self.td.shared_bit:
             plain = gpa & ~self.td.shared_bit
-            fault = shared_fault(vcpu, plain)
+            fault = shared_fault(vcpu, plain, write=bool(self.regs.rcx & _EPT_WRITE))
             if fault is Fault.NO_MEMORY:
                 with vcpu.vm.mmu_lock:
                     assert vcpu.vm.ept is not None

@@ -3,7 +3,7 @@
 import errno
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from threading import Lock
+from threading import Lock, RLock
 from time import sleep
 from typing import TYPE_CHECKING
 
@@ -45,13 +45,14 @@ class Vcpu:
         self.cpuid: dict[tuple[int, int | None], CpuidEntry] = {}
         self.msrs: dict[int, int] = {}
         self.cpu: int | None = None
-        self.tlb_flush_wanted = False
+        self.tlb_flush_wanted = True  # an EPT before this one may have had its root at the same address
         self.exits = 0
         self.instructions = 0  # that the guest retired
         self._has_run = False
         self._in_guest: LogicalProcessor | None = None
         self._kicked = False
         self._mutex = Lock()
+        self.association = RLock()  # of the vCPU with a processor: held while that changes
         self._reason = KvmExit.UNKNOWN  # what kvm_run says, which user space may overwrite
         self.apic = LocalApic(self) if vm.irqchip else None
         self._complete: Callable[[], None] | None = None
@@ -265,9 +266,8 @@ class Vcpu:
         with cpus.run(self.cpu) as lp, self._counted(lp):
             self.ops.load(lp)
             if self.cpu != lp.index:
-                # New here: what the TLB has may be older than the last flush, or of a VM whose tables were there.
-                self.tlb_flush_wanted = True
-            self.cpu = lp.index
+                # What this processor cached may be older than the last flush, or of a VM whose tables were there.
+                self.cpu, self.tlb_flush_wanted = lp.index, True
             while True:
                 if vm.dead:
                     raise KvmError(errno.EIO, "the VM is dead")
@@ -275,15 +275,15 @@ class Vcpu:
                     self._kicked = False
                     self.exit_to_user(KvmExit.INTR)
                     return True
-                if self.tlb_flush_wanted:
-                    self.tlb_flush_wanted = False
-                    if vm.ept is not None:
-                        lp.core.invept(_INVEPT_ALL, 0)
                 entered = False
                 self._in_guest = lp
                 try:
                     if not self._kicked:
                         entered = self._has_run = True
+                        # After `_in_guest` is set: who asks for a flush later waits until the vCPU has left again.
+                        if self.tlb_flush_wanted:
+                            self.tlb_flush_wanted = False
+                            lp.core.invept(_INVEPT_ALL, 0)
                         if self.apic is not None:
                             self.apic.enter(lp)
                         self.ops.run(lp)

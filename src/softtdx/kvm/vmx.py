@@ -48,6 +48,7 @@ _X87 = 1  # of XCR0
 _CR4_VMXE = 1 << 13
 _DIRECTION = 1 << 10  # RFLAGS.DF
 _BLOCKED_BY_STI_OR_MOV_SS = 3
+_EPT_WRITE = 2  # of an EPT violation's exit qualification
 _MSR_BITMAP_OPEN = (  # the guest reads and writes these without an exit
     Msr.SYSENTER_CS, Msr.SYSENTER_ESP, Msr.SYSENTER_EIP,
     0xC000_0081, 0xC000_0082, 0xC000_0083, 0xC000_0084, 0xC000_0100, 0xC000_0101, 0xC000_0102, 0xC000_0103,
@@ -57,6 +58,7 @@ _MSR_BITMAP_WRITE = (Msr.X2APIC_TPR, Msr.X2APIC_EOI, Msr.X2APIC_SELF_IPI)
 _IN_VMCS: dict[int, int] = {Msr.EFER: vmcs.GUEST_IA32_EFER, Msr.PAT: vmcs.GUEST_IA32_PAT}
 _PPR = 0xA0  # in the virtual-APIC page
 _VALID = 1 << 31  # of interruption information
+_UD = _VALID | 3 << 8 | 6
 _VECTORING_UNDEFINED = 1 << 12
 _BLOCKED_BY_NMI = 8
 _IF = 9  # of RFLAGS
@@ -104,7 +106,6 @@ class VmxVcpu(VcpuOps):
         self.sregs = Sregs()
         self.left = LeftInProcessor(memory)
         self.virtual_apic = memory.alloc(zero=True) if vcpu.apic is not None else 0
-        self._cpu: int | None = None
         self._launched = False
         self._set_up = False
         self._dirty = True
@@ -219,11 +220,12 @@ class VmxVcpu(VcpuOps):
     # --- scheduling
     def load(self, lp: LogicalProcessor) -> None:
         """Make the VMCS current here, cleared first where it was."""
-        if self._cpu is not None and self._cpu != lp.index:
-            self.flush()
-        lp.core.vmptrld(self.vmcs)
-        self.left.load(lp)
-        self._cpu = lp.index
+        with self.vcpu.association:
+            if self._cpu is not None and self._cpu != lp.index:
+                self.flush()
+            lp.core.vmptrld(self.vmcs)
+            self.left.load(lp)
+            self._cpu = lp.index
 
     @contextmanager
     def loaded(self) -> Iterator[LogicalProcessor]:
@@ -384,6 +386,11 @@ class VmxVcpu(VcpuOps):
         self._skip(lp)
         return True
 
+    def _undefined(self, lp: LogicalProcessor) -> bool:
+        """SEAMCALL exits whenever the host is in VMX operation; for the guest there is no such instruction: #UD."""
+        lp.core.vmwrite(vmcs.ENTRY_INTERRUPTION_INFO, _UD)
+        return True
+
     def _nothing(self, lp: LogicalProcessor) -> bool:
         self._skip(lp)
         return True
@@ -493,23 +500,18 @@ class VmxVcpu(VcpuOps):
         data = b""
         for i in range(size):
             gpa = walk_guest(vm, cr3, address + i)
-            data += vm.mm.read(self._hva(gpa), 1)
+            data += vm.read_guest(gpa, 1)
         return int.from_bytes(data, "little")
 
     def _store_guest(self, cr3: int, address: int, data: bytes) -> None:
         vm = self.vcpu.vm
         for i, byte in enumerate(data):
-            vm.mm.write(self._hva(walk_guest(vm, cr3, address + i)), bytes([byte]))
-
-    def _hva(self, gpa: int) -> int:
-        slot = self.vcpu.vm.memslots.find(gpa)
-        if slot is None:
-            raise KvmError(errno.EFAULT, f"string I/O with GPA {gpa:#x}, where there is no memory")
-        return slot.hva(gpa)
+            vm.write_guest(walk_guest(vm, cr3, address + i), bytes([byte]))
 
     def _ept_violation(self, lp: LogicalProcessor) -> bool:
         gpa = lp.core.vmread(vmcs.GUEST_PHYSICAL_ADDRESS)
-        fault = shared_fault(self.vcpu, gpa)
+        write = bool(lp.core.vmread(vmcs.EXIT_QUALIFICATION) & _EPT_WRITE)
+        fault = shared_fault(self.vcpu, gpa, write=write)
         if fault is Fault.NO_MEMORY:
             return self._mmio(lp, gpa)
         return fault is Fault.FIXED
@@ -559,7 +561,7 @@ class VmxVcpu(VcpuOps):
         while len(code) < MAX_INSTRUCTION:
             count = min(MAX_INSTRUCTION - len(code), PAGE - address % PAGE)
             try:
-                code += vm.mm.read(self._hva(walk_guest(vm, cr3, address)), count)
+                code += vm.read_guest(walk_guest(vm, cr3, address), count)
             except KvmError:
                 break
             address += count
@@ -672,4 +674,6 @@ _HANDLERS: dict[int, Callable[[VmxVcpu, LogicalProcessor], bool]] = {
     ExitReason.XSETBV: VmxVcpu._xsetbv,
     ExitReason.WBINVD: VmxVcpu._nothing,
     ExitReason.INVD: VmxVcpu._nothing,
+    ExitReason.SEAMCALL: VmxVcpu._undefined,
+    ExitReason.TDCALL: VmxVcpu._undefined,
 }

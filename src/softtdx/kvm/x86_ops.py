@@ -16,6 +16,7 @@ from softtdx.kvm.errors import KvmError
 from softtdx.kvm.uapi import Regs, Sregs
 
 if TYPE_CHECKING:
+    from softtdx.kvm.mirror import SecureEpt
     from softtdx.kvm.vcpu import Vcpu
     from softtdx.kvm.vm import Vm
 
@@ -57,6 +58,11 @@ class VmOps(ABC):
         """Make the 2 MiB from `base` on one large page, if that is possible."""
         raise KvmError(errno.EINVAL, f"this type of VM has no private memory ({base:#x})")
 
+    @property
+    def secure_ept(self) -> "SecureEpt | None":
+        """The mirror of its secure EPT, if it has one."""
+        return None
+
     @abstractmethod
     def release(self) -> None:
         """The VM is going: what must happen while its vCPUs still exist (mmu_release_hkid)."""
@@ -72,6 +78,12 @@ class VcpuOps(ABC):
     def __init__(self, vcpu: "Vcpu") -> None:
         """KVM_CREATE_VCPU."""
         self.vcpu = vcpu
+        self._cpu: int | None = None
+
+    @property
+    def loaded_on(self) -> int | None:
+        """The processor that keeps something of this vCPU: its VMCS, or the module's association."""
+        return self._cpu
 
     @abstractmethod
     def load(self, lp: LogicalProcessor) -> None:

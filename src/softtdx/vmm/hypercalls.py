@@ -74,7 +74,7 @@ class HypercallServices:
             slot = vm.memslots.find(at)
             assert slot is not None
             end = min(slot.end, gpa + size)
-            if private:
+            if private and vm.mm.backing(slot.hva(at)) == PAGE:  # a hugetlb page cannot be given up in parts
                 vm.mm.discard(slot.hva(at), end - at)
             elif slot.guest_memfd is not None:
                 slot.guest_memfd.punch_hole(slot.file_offset(at), end - at)
