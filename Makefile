@@ -2,6 +2,7 @@
 # All paths are relative, so that a checkout may lie in a path with spaces.
 
 PYTHON ?= python3
+EXTRAS ?= dev# of pyproject.toml; dev,ray also runs the tests of campaigns on Ray
 VENV := .venv
 RUN := $(VENV)/bin/python
 CC ?= cc
@@ -29,7 +30,7 @@ $(VENV)/.tools: Makefile
 # The editable install builds the native core (release) and the guests that ship with it.
 $(VENV)/.installed: $(VENV)/.tools pyproject.toml $(NATIVE)
 	@echo "softtdx: building (a minute or two, once)"
-	@$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'
 	@touch $@
 
 # The module image is signed anew when a source of the module changed.

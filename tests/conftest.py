@@ -1,8 +1,22 @@
 """A host with TDX up, shared by the tests that need one, and the accounts that must balance after each."""
 
+import signal
+
 import pytest
+from hypothesis import HealthCheck, settings
 
 from softtdx.vmm.boot import boot_host
+
+# A busy machine is slow: how long an example or its making takes says nothing of what is tested.
+settings.register_profile("softtdx", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("softtdx")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def children_can_be_interrupted():
+    """A shell starts background jobs with SIGINT ignored, and the programs under test would inherit that."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

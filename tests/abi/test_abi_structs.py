@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from softtdx.abi import explain, ghci, kvm, migration, structs
+from softtdx.abi import explain, ghci, migration, structs
+from softtdx.abi import kvm_structs as kvm
 from softtdx.abi.wire import LayoutError
 
 EVERY = explain.structures()

@@ -44,6 +44,8 @@ def text_reader(read: Callable[[str], object]) -> Callable[[bytes], object]:
 
 READERS: dict[str, Callable[[bytes], object]] = {
     "quote": Quote.parse,
+    "quote v5": Quote.parse,
+    "quote v5 extended": Quote.parse,
     "signature data": SignatureData.parse,
     "tdreport": parse_tdreport,
     "event log": EventLog.parse,
@@ -62,11 +64,13 @@ READERS: dict[str, Callable[[bytes], object]] = {
 
 
 @pytest.fixture(scope="module")
-def specimens(pki: Pki, quote_bytes: bytes, platform: ReportingPlatform) -> dict[str, bytes]:
+def specimens(pki: Pki, quote_bytes: bytes, platform: ReportingPlatform, enclave: QuotingEnclave) -> dict[str, bytes]:
     """A good one of each kind, for mutations to begin from."""
     parsed = Quote.parse(quote_bytes)
     return {
         "quote": quote_bytes,
+        "quote v5": enclave.quote(platform.report(), version=5, body_type=3),
+        "quote v5 extended": enclave.quote(platform.report(), version=5, body_type=4),
         "signature data": parsed.signature.to_bytes(),
         "tdreport": platform.report(),
         "event log": sample_log(),
@@ -189,8 +193,8 @@ def test_the_real_platforms_quote_is_below_the_real_collaterals_lowest_level(
 
 def test_a_real_pck_certificates_extension_is_rebuilt_byte_for_byte(fixture_file: Callable[[str], bytes]) -> None:
     leaf = Cert(split_pem(Quote.parse(fixture_file("tdx_prod_quote_SPR_E4.dat")).signature.chain)[0])
-    raw = next(e.value.value for e in leaf.extensions if e.oid.dotted_string == "1.2.840.113741.1.13.1")
-    assert PckExtension.from_der(raw).to_der() == raw
+    assert leaf.sgx_extension is not None
+    assert pck_extension(leaf).to_der() == leaf.sgx_extension
 
 
 @pytest.mark.parametrize("name", ["pckcrl", "rootcrl.der"])

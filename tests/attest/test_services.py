@@ -8,13 +8,14 @@ import ssl
 import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import unquote
 
 import httpx
 import pytest
 from attest_platform import NOW, ReportingPlatform
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from softtdx.attest import (
@@ -42,6 +43,7 @@ from softtdx.attest.qgs import (
     parse_address,
 )
 from softtdx.attest.tls import tls_files
+from softtdx.errors import SoftTdxError
 
 AT_ONCE = 64
 
@@ -246,6 +248,57 @@ def test_a_bad_question_gets_a_plain_answer(pcs: PcsListener, path: str, status:
     answer = httpx.get(pcs.url + path)
     assert answer.status_code == status
     assert "Traceback" not in answer.text
+
+
+KEYS = [
+    "fmspc",
+    "ca",
+    "encoding",
+    "update",
+    "tcbEvaluationDataNumber",
+    "qeid",
+    "pceid",
+    "encrypted_ppid",
+    "cpusvn",
+    "uri",
+]
+PATHS = [
+    "/sgx/certification/v4/pckcrl",
+    "/sgx/certification/v4/pckcert",
+    "/sgx/certification/v4/pckcerts",
+    "/sgx/certification/v4/rootcacrl",
+    "/sgx/certification/v4/crl",
+    "/tdx/certification/v4/tcb",
+    "/tdx/certification/v4/qe/identity",
+]
+VALUES = st.one_of(
+    st.text(max_size=40), st.sampled_from(["50806F000000", "platform", "der", "standard", "17", "9" * 5000])
+)
+
+
+@settings(deadline=None)
+@given(path=st.sampled_from(PATHS), query=st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=4))
+def test_any_question_gets_an_answer_that_is_no_failure_of_the_service(
+    pcs: PcsListener, http: httpx.Client, path: str, query: dict[str, str]
+) -> None:
+    try:
+        answer = http.get(pcs.url + path, params=query)
+    except UnicodeEncodeError:
+        return  # a lone surrogate cannot be put into a URL
+    assert answer.status_code in (200, 400, 404)
+
+
+@settings(deadline=None)
+@given(answer=st.one_of(st.binary(max_size=80), st.binary(max_size=80).map(lambda body: message(1, body))))
+def test_any_answer_of_a_quoting_service_gives_a_quote_or_our_error(answer: bytes) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(QgsClient(server.getsockname()).quote, bytes(1024))
+        stream, _ = server.accept()
+        with stream:
+            stream.recv(4096)
+            stream.sendall(len(answer).to_bytes(4, "big") + answer)
+        with suppress(SoftTdxError):
+            assert isinstance(asked.result(30), bytes)
 
 
 def test_only_reading_is_allowed(pcs: PcsListener) -> None:

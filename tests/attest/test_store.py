@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from attest_platform import NOW, ReportingPlatform
+from hypothesis import given
+from hypothesis import strategies as st
 
 from softtdx.attest import Pki, PkiError, PlatformTcb, QuotingEnclave, TcbStatus, TcbVariation, verify_with_dcap_qvl
 from softtdx.attest.store import load_pki, save_pki
+from softtdx.errors import SoftTdxError
 
 
 def test_a_loaded_pki_is_the_one_saved(tmp_path: Path) -> None:
@@ -103,6 +107,29 @@ def test_a_record_that_is_no_json_object_is_refused(tmp_path: Path, pki: Pki, te
     (base / "pki.json").write_bytes(text)
     with pytest.raises(PkiError):
         load_pki(base)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_pki(Pki.create(seed=6), tmp_path_factory.mktemp("fuzzed") / "pki")
+
+
+@given(draw=st.data())
+def test_any_damage_to_a_record_gives_a_pki_or_our_error(saved: Path, draw: st.DataObject) -> None:
+    file = saved / "pki.json"
+    whole = file.read_bytes()
+    damaged = bytearray(whole)
+    for _ in range(draw.draw(st.integers(1, 3))):
+        at = draw.draw(st.integers(0, len(damaged)))
+        damaged[at : at + draw.draw(st.integers(0, 40))] = draw.draw(
+            st.sampled_from([b"", b"null", b'"', b"-1", b"1e999", b"{}", b"[", b"\xff", b"9" * 5000])
+        )
+    try:
+        file.write_bytes(damaged)
+        with suppress(SoftTdxError):
+            load_pki(saved)
+    finally:
+        file.write_bytes(whole)
 
 
 def test_a_key_file_that_is_no_key_is_named_and_not_shown(tmp_path: Path, pki: Pki) -> None:

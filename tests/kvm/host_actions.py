@@ -25,9 +25,9 @@ class HostedMachine(Machine):
         super()._handle(vcpu, run)
 
 
-def run_hosted(host, program, memory=8 << 20, **config):
+def run_hosted(host, program, memory=8 << 20, machine_class=HostedMachine, **config):
     """Run program(td, vm, do); do(function) has the host call the function and returns what it returned."""
-    machine = HostedMachine(host, MachineConfig(memory=memory, **config))
+    machine = machine_class(host, MachineConfig(memory=memory, **config))
 
     def main(td):
         def do(function):

@@ -5,6 +5,7 @@ import struct
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from ioctl_td import Td, command, fails
 
 from softtdx.abi.kvm import KVM_X86_TDX_VM, KvmExit, KvmIoctl, TdxCommand
 from softtdx.abi.structs import Attributes
@@ -13,7 +14,6 @@ from softtdx.kvm.ioctl import Process
 from softtdx.kvm.memory import PAGE
 
 E2BIG, EBADF, EFAULT, EINTR, EINVAL, ENOENT, ENOTTY = 7, 9, 14, 4, 22, 2, 25
-MEASURE = 1
 
 
 @pytest.fixture
@@ -21,45 +21,6 @@ def process(host):
     found = Process(host)
     yield found
     found.exit()
-
-
-def fails(code, call, *args):
-    with pytest.raises(KvmError) as error:
-        call(*args)
-    assert error.value.errno == code, error.value
-
-
-def command(number, data=0, flags=0):
-    return bytearray(struct.pack("<IIQQ", number, flags, data, 0))
-
-
-class Td:
-    """A TD with 8 private pages at 0, one of them measured, through ioctls alone."""
-
-    def __init__(self, process, code=b"\xf4"):
-        self.process = process
-        self.kvm = process.open()
-        self.vm = process.ioctl(self.kvm, KvmIoctl.CREATE_VM, KVM_X86_TDX_VM)
-        mm = process.mm
-        init = mm.mmap(PAGE)
-        mm.write(init, struct.pack("<QQ", Attributes.SEPT_VE_DISABLE, 3))
-        self.op(self.vm, TdxCommand.INIT_VM, init)
-        self.memfd = process.ioctl(self.vm, KvmIoctl.CREATE_GUEST_MEMFD, bytearray(struct.pack("<Q56x", 8 * PAGE)))
-        self.hva = mm.mmap(8 * PAGE)
-        region = struct.pack("<IIQQQQI116x", 0, 4, 0, 8 * PAGE, self.hva, 0, self.memfd)
-        process.ioctl(self.vm, KvmIoctl.SET_USER_MEMORY_REGION2, bytearray(region))
-        process.ioctl(self.vm, KvmIoctl.SET_MEMORY_ATTRIBUTES, bytearray(struct.pack("<QQQQ", 0, 8 * PAGE, 8, 0)))
-        self.vcpu = process.ioctl(self.vm, KvmIoctl.CREATE_VCPU, 0)
-        self.op(self.vcpu, TdxCommand.INIT_VCPU, 0x1234)
-        self.source = mm.mmap(PAGE)
-        mm.write(self.source, code)
-        self.region = mm.mmap(PAGE)
-        mm.write(self.region, struct.pack("<QQQ", self.source, 0, 1))
-        self.op(self.vcpu, TdxCommand.INIT_MEM_REGION, self.region, MEASURE)
-        self.op(self.vm, TdxCommand.FINALIZE_VM)
-
-    def op(self, fd, number, data=0, flags=0):
-        return self.process.ioctl(fd, KvmIoctl.MEMORY_ENCRYPT_OP, command(number, data, flags))
 
 
 def test_the_numbers_are_the_kernels():
@@ -116,11 +77,12 @@ def test_structures_that_are_not_there_are_efault(process):
 
 def test_cpuid_is_counted_before_it_is_given(process):
     kvm = process.open()
-    few = bytearray(8)
-    fails(E2BIG, process.ioctl, kvm, KvmIoctl.GET_SUPPORTED_CPUID, few)
-    count = struct.unpack_from("<I", few)[0]
-    room = bytearray(struct.pack("<II", count, 0) + bytes(40 * count))
+    fails(E2BIG, process.ioctl, kvm, KvmIoctl.GET_SUPPORTED_CPUID, bytearray(8))
+    room = bytearray(struct.pack("<II", 256, 0) + bytes(40 * 256))
     process.ioctl(kvm, KvmIoctl.GET_SUPPORTED_CPUID, room)
+    count = struct.unpack_from("<I", room)[0]
+    assert 0 < count < 256
+    del room[8 + 40 * count :]
     vm = process.ioctl(kvm, KvmIoctl.CREATE_VM, 0)
     vcpu = process.ioctl(vm, KvmIoctl.CREATE_VCPU, 0)
     process.ioctl(vcpu, KvmIoctl.SET_CPUID2, room)
@@ -135,7 +97,9 @@ def test_the_capabilities_of_tdx(process):
     vm = process.ioctl(kvm, KvmIoctl.CREATE_VM, KVM_X86_TDX_VM)
     at = process.mm.mmap(4 * PAGE)
     fails(E2BIG, process.ioctl, vm, KvmIoctl.MEMORY_ENCRYPT_OP, command(TdxCommand.CAPABILITIES, at))
-    process.ioctl(vm, KvmIoctl.MEMORY_ENCRYPT_OP, command(TdxCommand.CAPABILITIES, at))  # nent says enough now
+    process.mm.write(at + 2048, (256).to_bytes(4, "little"))
+    process.ioctl(vm, KvmIoctl.MEMORY_ENCRYPT_OP, command(TdxCommand.CAPABILITIES, at))
+    assert 0 < int.from_bytes(process.mm.read(at + 2048, 4), "little") < 256
     attributes, xfam = struct.unpack("<QQ", process.mm.read(at, 16))
     assert attributes & Attributes.SEPT_VE_DISABLE
     assert xfam & 3 == 3
@@ -193,16 +157,16 @@ def test_an_ordinary_vm_boots_writes_a_port_and_halts(process):
 
 def test_a_signal_ends_a_run_with_eintr(process):
     vcpu = boot_vm(process, bytes.fromhex("ebfe"))
-    process._file(vcpu).kick()
+    process.file(vcpu).kick()
     fails(EINTR, process.ioctl, vcpu, KvmIoctl.RUN)
 
 
 def test_memory_that_user_space_has_to_convert_is_efault(process, monkeypatch):
     td = Td(process)
-    vcpu = process._file(td.vcpu)
+    vcpu = process.file(td.vcpu)
 
     def run():
-        vcpu.exit_to_user(KvmExit.MEMORY_FAULT)
+        vcpu.exit_for_memory(0x1000, PAGE, private=True)
         return vcpu.kvm_run
 
     monkeypatch.setattr(vcpu, "run", run)
@@ -211,7 +175,7 @@ def test_memory_that_user_space_has_to_convert_is_efault(process, monkeypatch):
 
 def test_after_kvm_gave_a_vm_up_every_ioctl_is_eio(process):
     td = Td(process)
-    process._file(td.vm).mark_dead()
+    process.file(td.vm).mark_dead()
     fails(5, process.ioctl, td.vm, KvmIoctl.CHECK_EXTENSION, 0)
     fails(5, process.ioctl, td.vcpu, KvmIoctl.RUN)
 

@@ -34,7 +34,7 @@ def apics(vm):
     apics = [vcpu.apic for vcpu in vm.vcpus.values()]
     for apic in apics:
         vm.host.memory.write(apic.descriptor, bytes(64))
-        apic.nmi_pending = False
+        apic.vcpu.nmi_pending = False
     return apics
 
 
@@ -83,7 +83,7 @@ def test_an_ipi_reaches_those_it_is_for(apics, icr, targets):
 
 def test_an_nmi_is_no_vector(apics):
     apics[0].write(Msr.X2APIC_ICR, 2 << 32 | NMI)
-    assert apics[2].nmi_pending
+    assert apics[2].vcpu.nmi_pending
     assert pending(apics[2]) == []
 
 

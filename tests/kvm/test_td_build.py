@@ -59,11 +59,12 @@ def test_a_td_whose_build_ends_anywhere_leaves_nothing_behind(host, steps):
     [
         TdxInitVm(attributes=1 << 1),
         TdxInitVm(attributes=1 << 63 | 1 << 40),
-        TdxInitVm(xfam=1),
         TdxInitVm(xfam=3 | 1 << 19),
         TdxInitVm(mrconfigid=bytes(47)),
         TdxInitVm(mrowner=b""),
         TdxInitVm(cpuid=(CpuidEntry(0x8000_0008, None, 40 << 16),)),
+        TdxInitVm(cpuid=(CpuidEntry(0x4000_0000, None),)),
+        TdxInitVm(cpuid=(CpuidEntry(7, 0, ebx=1 << 11),)),
     ],
 )
 def test_bad_td_parameters_are_einval_and_cost_nothing(host, init):
@@ -79,11 +80,12 @@ def test_steps_out_of_order_are_refused(host):
         fails(EINVAL, build.finalize)
         build.init_vm()
         fails(EINVAL, build.init_vm)
-        fails(EINVAL, build.finalize)
+        fails(EIO, build.finalize)  # the module wants a vCPU first
         build.create_vcpu()
         fails(EEXIST, build.vm.create_vcpu, 0)
         fails(EINVAL, build.vm.create_vcpu, 1 << 20)
         fails(EINVAL, build.vcpus[0].run)
+        fails(EINVAL, build.add_memory)
         build.init_vcpu()
         fails(EINVAL, build.init_vcpu)
         fails(EINVAL, build.add_memory)
@@ -249,11 +251,14 @@ def test_get_cpuid_tells_what_the_td_will_see(host):
     with Build(host) as build:
         build.do(5)
         entries = build.vcpus[0].memory_encrypt_op(TdxCommand.GET_CPUID)
-        assert [(e.function, e.index) for e in entries] == [
-            (row.leaf, row.subleaf) for row in host.tdx.sysinfo.cpuid_config
-        ]
-        first = next(e for e in entries if e.function == 1)
-        assert first.edx & 1 << 9  # APIC: a TD always has it
+        told = {(e.function, e.index): e for e in entries}
+        assert len(told) == len(entries)
+        assert told[0, None].eax >= 0x21  # the leaf that says "IntelTDX"
+        assert {row.leaf for row in host.tdx.sysinfo.cpuid_config} <= {leaf for leaf, _ in told}
+        assert told[1, None].edx & 1 << 9  # APIC: a TD always has it
+        assert told[0x8000_0008, None].eax >> 16 & 0xFF == 48
+        build.finalize()
+        fails(EINVAL, build.vcpus[0].memory_encrypt_op, TdxCommand.GET_CPUID)
 
 
 def test_pre_faulting_follows_the_rules_and_maps_large_pages(host):
@@ -272,7 +277,7 @@ def test_pre_faulting_follows_the_rules_and_maps_large_pages(host):
         for bad in ((1, PAGE), (0, 1), (0, 0), (-PAGE, PAGE)):
             fails(EINVAL, vcpu.pre_fault_memory, *bad)
         fails(2, vcpu.pre_fault_memory, 1 << 31, PAGE)
-        vcpu.pre_fault_memory(1 << 30, 3 * mib)
+        assert vcpu.pre_fault_memory(1 << 30, 4 * mib) == 3 * mib  # as far as it is private
         assert (secure.huge_pages, secure.mapped_pages) == (1, 3 * mib // PAGE)
         vcpu.pre_fault_memory(1 << 30, 3 * mib)
         assert secure.mapped_pages == 3 * mib // PAGE

@@ -5,7 +5,6 @@ each physical page is, and says from them what every call must answer. After eac
 structures in DRAM and compares.
 """
 
-import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -14,12 +13,14 @@ from guest_thread import GuestThread
 from tdx_machine import MIB2, PAGE, SOURCE, Leaf, Machine, status
 from tdx_machine import Td as TdPages
 
-from softtdx.abi import sept as bits
 from softtdx.abi.leaves import TdcallLeaf
 from softtdx.abi.sept import SeptState
 from softtdx.abi.status import Operand, Status
+from softtdx.abi.structs import PageType
+from softtdx.attack.oracle import Oracle
 from softtdx.hw.faults import BusFault
 
+POOL = 0x100_0000  # where the machine takes control pages from
 RANGES = [0x1000_0000 + n * MIB2 for n in range(6)]
 SMALL_PER_RANGE = (48, 1, 1, 0, 0, 0)
 GPAS = [0, PAGE, 5 * PAGE, MIB2, MIB2 + PAGE, 2 * MIB2, 1 << 30, 1 << 39]
@@ -103,6 +104,7 @@ class Campaign:
     def __init__(self, chooser: Chooser) -> None:
         self.choose = chooser
         self.machine = Machine()
+        self.oracle = Oracle(self.machine.platform)
         self.tds: list[Tracked] = []
         self.small = {
             base + n * PAGE: "" for base, count in zip(RANGES, SMALL_PER_RANGE, strict=True) for n in range(count)
@@ -111,7 +113,6 @@ class Campaign:
         self.beyond: set[int] = set()  # 4 KiB pages in use that are not in the pool: parts of a range that was split
         self.calls = 0
         self.names = 0
-        self._tables: dict[bytes, list[tuple[int, SeptState, int]]] = {}
         for base in RANGES:
             self.machine.host_write(base, b"the host's words" * (MIB2 // 16))
         self.free_hkids = list(range(33, 64))
@@ -666,78 +667,25 @@ class Campaign:
 
     # --- what must hold after every step
     def check(self) -> None:
-        """The structures in DRAM say what the model says, and no page is in two places."""
-        kinds: dict[int, tuple[int, int]] = {}  # page -> (PAMT type, owner)
-        whole: dict[int, int] = {}  # 2 MiB page -> owner
+        """The structures in DRAM are sound, and say what the model says."""
+        control = range(POOL, self.machine.next_page + MIB2, MIB2)
+        views = self.oracle.check([*control, *RANGES], running=any(td.guest for td in self.tds))
+        owned: dict[int, tuple[int, int, int]] = {}  # page -> (level, PAMT type, owner)
         entries = 0
         for td in self.tds:
-            tdr = td.pages.tdr
             if td.stage != "teardown":
-                assert self._walk_dram(td) == {at: (e.state, e.page) for at, e in td.entries.items()}
-                self._check_counters(td)
+                view = views[td.tdr]
+                assert view.entries == {at: (e.state, e.page) for at, e in td.entries.items()}
+                assert view.children == self._children_of(td)
+                assert (view.epoch, list(view.refcounts)) == (td.epoch, td.in_epoch)
             for (_, level), entry in td.entries.items():
-                if entry.state in NON_LEAF:
-                    kinds[entry.page] = 8, tdr
-                elif level:
-                    whole[entry.page] = tdr
-                else:
-                    kinds[entry.page] = 3, tdr
+                table = entry.state in NON_LEAF
+                owned[entry.page] = (0, PageType.EPT, td.tdr) if table else (level, PageType.REG, td.tdr)
             entries += len(td.entries)
-        assert len(kinds) + len(whole) == entries, "a page has two owners"
-        assert not any(page & -MIB2 in whole for page in kinds), "a page is part of a larger one that is in use"
-        self._check_pamt(kinds, whole)
-        held = {key: value for key, value in self.machine.module.g.locks.state.items() if value & ~2}
-        assert not held or any(td.guest for td in self.tds), f"locks are left: {held}"
+        assert len(owned) == entries, "a page has two owners"
+        assert self.oracle.owned(RANGES) == owned
 
-    def _walk_dram(self, td: Tracked) -> dict[tuple[int, int], tuple[SeptState, int]]:
-        found: dict[tuple[int, int], tuple[SeptState, int]] = {}
-        tables = [(td.pages.tdcx[3], 0, 3)]
-        while tables:
-            page, base, level = tables.pop()
-            for index, state, hpa in self._parse_table(self._td_read(td, page, PAGE)):
-                gpa = base + (index << 12 + 9 * level)
-                found[gpa, level] = state, hpa
-                if state in NON_LEAF:
-                    tables.append((hpa, gpa, level - 1))
-        return found
-
-    def _parse_table(self, content: bytes) -> list[tuple[int, SeptState, int]]:
-        """(index, state, address) of the entries that are not free; tables seldom change from step to step."""
-        parsed = self._tables.get(content)
-        if parsed is None:
-            parsed = []
-            for index, entry in enumerate(struct.unpack("<512Q", content)):
-                state = bits.state_of(entry)
-                assert state is not None
-                assert not entry & bits.TDEL, "an entry stayed locked"
-                assert bool(entry & 7) == (state in (SeptState.NL_MAPPED, SeptState.MAPPED))
-                if state is not SeptState.FREE:
-                    parsed.append((index, state, entry & bits.HPA_MASK & ~(0x3F << 46)))
-            if len(self._tables) > 500:
-                self._tables.clear()
-            self._tables[content] = parsed
-        return parsed
-
-    def _check_counters(self, td: Tracked) -> None:
+    def _children_of(self, td: Tracked) -> int:
         leaves = [level for (_, level), entry in td.entries.items() if entry.state in LEAF_STATES]
         tables = len(td.entries) - len(leaves)
-        children = sum(512**level for level in leaves) + tables + 12  # 6 TDCS pages, 6 TDVPS pages
-        memory, g = self.machine.platform.memory, self.machine.module.g
-        (count,) = struct.unpack("<Q", memory.read(td.tdr | g.global_key_bits | 8, 8, seam=True))
-        assert count == children, f"CHLDCNT {count}, the model says {children}"
-        epoch, even, odd = struct.unpack("<Q2H", self._td_read(td, td.pages.tdcx[0], 0x20C)[0x200:])
-        assert (epoch, [even, odd]) == (td.epoch, td.in_epoch)
-
-    def _check_pamt(self, kinds: dict[int, tuple[int, int]], whole: dict[int, int]) -> None:
-        memory, block = self.machine.platform.memory, self.machine.module.g.blocks[0]
-        wanted = {base: bytearray(512) for base in RANGES}
-        found = {base: memory.read(block.e4k + (base >> 8), 0x2000, seam=True) for base in RANGES}
-        for page, (kind, owner) in kinds.items():
-            base, index = page & -MIB2, page >> 12 & 0x1FF
-            wanted[base][index] = kind
-            assert int.from_bytes(found[base][index * 16 + 3 : index * 16 + 8], "little") << 12 == owner
-        for base in RANGES:
-            assert found[base][2::16] == wanted[base], f"PAMT types from {base:#x} on"
-            (large,) = struct.unpack("<Q", memory.read(block.e2m + (base >> 17), 8, seam=True))
-            assert large >> 16 & 0xFF == (3 if base in whole else 0)
-            assert base not in whole or large >> 24 << 12 == whole[base]
+        return sum(512**level for level in leaves) + tables + 12  # 6 TDCS pages, 6 TDVPS pages

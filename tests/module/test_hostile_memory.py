@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pytest
 import tdx_machine
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -55,3 +56,19 @@ def test_noise_in_a_structure_ends_in_a_status_or_in_the_end_of_the_module(data,
             machine.call(leaf, **operands)
     except VmFail:
         assert machine.platform.seam.module is None
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [0x82, 0x86, 0xB7 | 0x20_1000, 0x97, 0x9F, 0xBF],
+    ids=["write only", "write and execute", "misaligned large page", "memory type 2", "memory type 3", "memory type 7"],
+)
+def test_a_walk_that_ends_at_an_entry_no_processor_would_use_is_the_end_of_the_module(entry):
+    machine = Machine()
+    td = Td.create(machine)
+    td.add_path(0)
+    place = td.tables[0, 2] | td.hkid << machine.module.g.hkid_shift  # its first entry leads to the 4 KiB entries
+    machine.platform.memory.write(place, entry.to_bytes(8, "little"), seam=True)
+    with pytest.raises(VmFail, match=f"misconfigured at GPA 0x0, level 1: {entry:#x}"):
+        machine.call(Leaf.MEM_SEPT_RD, rcx=0, rdx=td.tdr)
+    assert machine.platform.seam.module is None

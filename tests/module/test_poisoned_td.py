@@ -2,11 +2,13 @@
 
 import pytest
 from guest_script import run
-from tdx_machine import Leaf, Td, status
+from tdx_machine import BUFFER, Leaf, Machine, Td, status
 from test_stepping import CODE, COUNT, DATA, TOUCH, build, enter
 
 from softtdx.abi.exits import ExitReason
+from softtdx.abi.fields import NULL_FIELD_ID
 from softtdx.abi.status import Status
+from softtdx.hw.faults import MachineCheck
 
 MACHINE_CHECK = 0x8000_0312
 ADDRESS = 0x3FFF_FFFF_F000
@@ -45,3 +47,23 @@ def test_poison_that_nobody_touches_harms_nobody():
     lp.interrupt()
     assert enter(td)[0].rax == ExitReason.EXTERNAL_INTERRUPT
     lp.acknowledge_interrupt()
+
+
+@pytest.mark.parametrize(
+    ("leaf", "operands"),
+    [
+        (Leaf.SYS_INFO, {"rdx": 1024, "r8": BUFFER, "r9": 32}),
+        (Leaf.SYS_INFO, {"rcx": BUFFER, "rdx": 1024, "r9": 32}),
+        (Leaf.SYS_RDALL, {"r8": NULL_FIELD_ID}),
+    ],
+    ids=["SYS.INFO rcx", "SYS.INFO r8", "SYS.RDALL rdx"],
+)
+def test_a_leaf_that_writes_for_the_host_may_be_aimed_at_a_td_as_the_hosts_own_stores_may(leaf, operands):
+    """An output operand is checked to be the host's by its KeyID alone: the PAMT is not asked."""
+    machine = Machine()
+    td = Td.create(machine)
+    target = {"rcx", "r8"} - operands.keys() if leaf is Leaf.SYS_INFO else {"rdx"}
+    machine.ok(leaf, **operands, **dict.fromkeys(target, td.tdr))
+    with pytest.raises(MachineCheck):
+        machine.call(Leaf.MEM_SEPT_RD, rcx=3, rdx=td.tdr)
+    assert machine.platform.seam.module is None, "a machine check in SEAM root mode ends the module"

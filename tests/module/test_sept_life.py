@@ -331,6 +331,11 @@ def test_blocking_forgets_how_far_an_interrupted_accept_came(machine: Machine) -
         machine.lps[1].interrupt_pending = True
         guest.tdcall(ACCEPT, rcx=2 * MIB2 | 1)
         machine.lps[1].interrupt_pending = False
+    for leaf in (Leaf.MEM_PAGE_REMOVE, Leaf.MEM_PAGE_DEMOTE):
+        refused = machine.call(leaf, rcx=2 * MIB2 | 1, rdx=td.tdr, r8=machine.page())
+        assert status(refused.rax) == (Status.GPA_RANGE_NOT_BLOCKED, Operand.RCX)
+        assert refused.rcx == page | LEAF_NO_ACCESS, "these two do not show how far it came"
+    assert td.entry(2 * MIB2, 1)[0] == page + PAGE | LEAF_NO_ACCESS
     td.block(2 * MIB2, 1)
     assert td.entry(2 * MIB2, 1)[0] == page | LEAF_NO_ACCESS
     td.track()

@@ -29,13 +29,13 @@ def agent():
 
 
 def read(agent, size):
-    io = IoExit(write=False, port=AGENT_PORT, size=size, value=0)
+    io = IoExit().put(write=False, port=AGENT_PORT, size=size, value=0)
     agent.access(0, io)
     return io.value
 
 
 def write(agent, value, size=4):
-    agent.access(0, IoExit(write=True, port=AGENT_PORT, size=size, value=value))
+    agent.access(0, IoExit().put(write=True, port=AGENT_PORT, size=size, value=value))
 
 
 def take_request(agent):

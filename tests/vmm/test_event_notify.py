@@ -19,6 +19,9 @@ class Vm:
         self.irqchip = irqchip
         self.signalled: list[tuple[int, int]] = []
 
+    def enable_cap(self, cap: int, *args: int) -> None:
+        """User space answers MapGPA."""
+
     def signal_msi(self, address: int, data: int) -> bool:
         self.signalled.append((address, data))
         return True
@@ -36,10 +39,12 @@ class AtOnce(GetQuote):
 def test_the_interrupt_goes_to_the_vcpu_that_set_it_up(apic: int, address: int) -> None:
     vm: Any = Vm(irqchip=True)
     services = HypercallServices(vm, AtOnce(lambda report: report))
-    quote = TdxExit(VmcallLeaf.GET_QUOTE, (0x1000, 0x1000), VmcallStatus.SUBFUNC_UNSUPPORTED)
+    quote = TdxExit().put(VmcallLeaf.GET_QUOTE, (0x1000, 0x1000), VmcallStatus.SUBFUNC_UNSUPPORTED)
     services.tdx(quote)
     assert vm.signalled == []
-    services.tdx(TdxExit(VmcallLeaf.SETUP_EVENT_NOTIFY_INTERRUPT, (0x40,), VmcallStatus.SUBFUNC_UNSUPPORTED), apic)
+    services.tdx(
+        TdxExit().put(VmcallLeaf.SETUP_EVENT_NOTIFY_INTERRUPT, (0x40,), VmcallStatus.SUBFUNC_UNSUPPORTED), apic
+    )
     services.tdx(quote)
     assert vm.signalled == [(address, 0x40)]
 
@@ -47,6 +52,6 @@ def test_the_interrupt_goes_to_the_vcpu_that_set_it_up(apic: int, address: int) 
 def test_a_vm_without_local_apics_gets_none() -> None:
     vm: Any = Vm(irqchip=False)
     services = HypercallServices(vm, AtOnce(lambda report: report))
-    services.tdx(TdxExit(VmcallLeaf.SETUP_EVENT_NOTIFY_INTERRUPT, (0x40,), VmcallStatus.SUBFUNC_UNSUPPORTED))
-    services.tdx(TdxExit(VmcallLeaf.GET_QUOTE, (0x1000, 0x1000), VmcallStatus.SUBFUNC_UNSUPPORTED))
+    services.tdx(TdxExit().put(VmcallLeaf.SETUP_EVENT_NOTIFY_INTERRUPT, (0x40,), VmcallStatus.SUBFUNC_UNSUPPORTED))
+    services.tdx(TdxExit().put(VmcallLeaf.GET_QUOTE, (0x1000, 0x1000), VmcallStatus.SUBFUNC_UNSUPPORTED))
     assert vm.signalled == []

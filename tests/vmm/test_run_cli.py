@@ -123,10 +123,13 @@ def test_ctrl_c_stops_a_run_cleanly(tmp_path, vm):
     payload = tmp_path / "spin"
     payload.write_bytes(SPIN)
     command = [sys.executable, "-m", "softtdx", "run", str(payload), "--memory", "2M", *vm]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert process.stdout.read(1) == b"."
-    time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        try:
+            assert process.stdout.read(1) == b"."
+            time.sleep(0.2)
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert errors.strip() == b"softtdx: interrupted"

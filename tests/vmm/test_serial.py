@@ -53,7 +53,7 @@ def test_every_access_to_every_port_is_answered_within_its_width(accesses):
     ended = []
     bus = PortBus(lambda data: None, ended.append, lambda vcpu: None, lambda: None)
     for write, size, port, value in accesses:
-        io = IoExit(write, size, port, value & ((1 << 8 * size) - 1))
+        io = IoExit().put(write, size, port, value & ((1 << 8 * size) - 1))
         bus.access(0, io)
         assert 0 <= io.value < 1 << 8 * size
     assert all(0 <= status <= 255 for status in ended)

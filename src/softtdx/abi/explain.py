@@ -249,11 +249,11 @@ def explain_exit(reason: int) -> dict[str, Any]:
 
 def structures() -> dict[str, type[Wire]]:
     """The structures of `softtdx.abi` by name."""
-    from softtdx.abi import ghci, kvm, migration
+    from softtdx.abi import ghci, kvm_run, kvm_structs, migration
 
     return {
         name: value
-        for module in (structs, migration, ghci, kvm)
+        for module in (structs, migration, ghci, kvm_structs, kvm_run)
         for name, value in vars(module).items()
         if isinstance(value, type) and issubclass(value, Wire) and value is not Wire
     }

@@ -1,44 +1,22 @@
-"""Many seeds on many processes: `softtdx campaign`.
+"""Many seeds on many processes or machines: `softtdx campaign`.
 
 A campaign is a list of seeds and a state file that says which are done and what was found. It can be stopped and goes
-on where it was. A worker that dies (the finding of all findings: a crash of the process) costs its seed one more try,
-alone; if it dies again, that is a finding.
+on where it was. A worker that dies (the finding of all findings: a crash of the process) costs its seed further tries,
+alone; if it dies each time, that is a finding.
 """
 
 import json
 import os
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 
+from softtdx.attack.engines import CampaignError, Engine, Job, LocalEngine, Worker
 from softtdx.attack.fuzz import TARGETS, Finding, Fuzzed, fuzz
-from softtdx.errors import SoftTdxError
 
 __all__ = ["CampaignError", "CampaignState", "Job", "run_campaign"]
 
 _VERSION = 1
-Worker = Callable[[str, int, int], Fuzzed]
-
-
-class CampaignError(SoftTdxError):
-    """A campaign that cannot be run or resumed."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """One seed of one target, and how many steps it takes."""
-
-    target: str
-    seed: int
-    steps: int
-
-    @property
-    def key(self) -> str:
-        """Its name in the state file."""
-        return f"{self.target}:{self.seed}:{self.steps}"
 
 
 @dataclass
@@ -103,14 +81,12 @@ class CampaignState:
 def run_campaign(
     jobs: Iterable[Job],
     *,
-    workers: int = 1,
+    engine: Engine | None = None,
     state_file: Path | None = None,
     worker: Worker = fuzz,
     progress: Callable[[CampaignState], None] | None = None,
 ) -> CampaignState:
-    """Do every job that the state file does not name as done, on `workers` processes; save after each."""
-    if workers < 1:
-        raise CampaignError(f"{workers} workers; a campaign needs at least one")
+    """Do every job that the state file does not name as done, on `engine` (one process here); save after each."""
     state = CampaignState.load(state_file) if state_file is not None else CampaignState()
     left = [job for job in dict.fromkeys(jobs) if job.key not in state.done]
     for job in left:
@@ -124,30 +100,13 @@ def run_campaign(
         if progress is not None:
             progress(state)
 
-    lost = _round(left, workers, worker, finished)
-    for job in lost:  # whose worker died, or that waited when another's did: each alone, to find the culprit
-        if _round([job], 1, worker, finished):
-            detail = f"the process died twice in seed {job.seed} of {job.target}"
-            found = Finding(job.target, job.seed, 0, f"{job.target}: the process died", detail)
-            finished(job, Fuzzed(0, (found,)))
+    if not left:
+        return state
+    with engine or LocalEngine() as where:
+        lost = where.round(left, worker, finished)
+        for _ in range(where.tries - 1):  # whose worker died, or that waited when another's did: alone now
+            lost = where.round(lost, worker, finished, alone=True) if lost else []
+        for job in lost:
+            detail = f"the process died {where.tries} times in seed {job.seed} of {job.target}"
+            finished(job, Fuzzed(0, (Finding(job.target, job.seed, 0, f"{job.target}: the process died", detail),)))
     return state
-
-
-def _round(jobs: list[Job], workers: int, worker: Worker, finished: Callable[[Job, Fuzzed], None]) -> list[Job]:
-    """Try the jobs once; those that a dying worker took along."""
-    lost = []
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        running: dict[Future[Fuzzed], Job] = {}
-        try:
-            for job in jobs:
-                running[pool.submit(worker, job.target, job.seed, job.steps)] = job
-        except BrokenProcessPool:
-            lost = jobs[len(running) :]
-        for future in as_completed(running):
-            try:
-                result = future.result()
-            except BrokenProcessPool:
-                lost.append(running[future])
-            else:
-                finished(running[future], result)
-    return lost

@@ -297,8 +297,8 @@ def cpuid_lie(scene: Scene) -> Observation:
     def act(victim: Victim) -> Seen:
         td, vcpu = victim.td, victim.machine.vcpus[0]
         assert td.cpuid(1)[2] & _RDRAND
-        entries = [replace(e, ecx=e.ecx & ~_RDRAND) if e.function == 1 else e for e in vcpu.cpuid.values()]
-        vcpu.set_cpuid2(entries)
+        # KVM_SET_CPUID2 is refused once the vCPU has run; but here it is KVM itself that lies.
+        vcpu.cpuid = {key: replace(e, ecx=e.ecx & ~_RDRAND) if e.function == 1 else e for key, e in vcpu.cpuid.items()}
         if not td.cpuid(1)[2] & _RDRAND:
             td.store(SECRET_GPA, 0)
             return Seen(note="the guest took a key that the host can guess")

@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime
+from operator import ge
 from typing import Any, TypeVar
 
 from softtdx.attest.errors import MalformedError
@@ -128,8 +129,8 @@ class Level:
         skip = 2 if tee_tcb_svn[1] else 0
         return (
             pck.pce_svn >= self.pce_svn
-            and all(have >= need for have, need in zip(pck.cpu_svn, self.sgx, strict=True))
-            and all(have >= need for have, need in zip(tee_tcb_svn[skip:], self.tdx[skip:], strict=True))
+            and all(map(ge, pck.cpu_svn, self.sgx))
+            and all(map(ge, tee_tcb_svn[skip:], self.tdx[skip:]))
         )
 
     def checked(self, allowed: frozenset[TcbStatus], what: str) -> Level:

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import binascii
 import functools
-import hashlib
-import re
 from collections.abc import Sequence
+from typing import cast
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
@@ -28,14 +27,17 @@ __all__ = ["Cert", "ChainError", "Crl", "TrustedRoot", "pck_extension", "split_p
 MAX_CHAIN = 5
 MAX_REMEMBERED = 16
 SGX_OID = ObjectIdentifier(SGX_EXTENSION_OID)
-PEM_BLOCK = re.compile(rb"-----BEGIN CERTIFICATE-----([A-Za-z0-9+/=\r\n \t]*)-----END CERTIFICATE-----")
+PEM_BEGIN, PEM_END = b"-----BEGIN CERTIFICATE-----", b"-----END CERTIFICATE-----"
 WHITE_SPACE = b" \t\r\n"
-BETWEEN = re.compile(rb"[ \t\r\n\0]*")
+BETWEEN = b" \t\r\n\0"
 ECDSA_SHA256 = SignatureAlgorithmOID.ECDSA_WITH_SHA256
 ECDSA_SHA256_DER = der.tlv(der.SEQUENCE, der.tlv(der.OID, bytes.fromhex("2a8648ce3d040302")))
 NEGATIVE = 0x80
 COMMON_NAME = bytes.fromhex("550403")
 VERIFY = ec.ECDSA(hashes.SHA256())
+
+
+NOT_PEM = "the certificate chain is not PEM certificates one after the other"
 
 
 class ChainError(MalformedError):
@@ -45,17 +47,17 @@ class ChainError(MalformedError):
 def split_pem(text: bytes) -> list[bytes]:
     """The DER of each certificate in PEM text. Only white space, or a final NUL, may stand between and after."""
     out: list[bytes] = []
-    at = 0
-    for block in PEM_BLOCK.finditer(text):
-        if not BETWEEN.fullmatch(text, at, block.start()):
-            break
+    *blocks, rest = text.split(PEM_END)
+    for block in blocks:
+        before, begin, body = block.partition(PEM_BEGIN)
+        if not begin or before.strip(BETWEEN):
+            raise ChainError(NOT_PEM)
         try:
-            out.append(binascii.a2b_base64(block[1].translate(None, WHITE_SPACE), strict_mode=True))
+            out.append(binascii.a2b_base64(body.translate(None, WHITE_SPACE), strict_mode=True))
         except binascii.Error as error:
             raise ChainError(f"certificate {len(out) + 1} of the chain is not base64: {error}") from None
-        at = block.end()
-    if not out or not BETWEEN.fullmatch(text, at):
-        raise ChainError("the certificate chain is not PEM certificates one after the other")
+    if not out or rest.strip(BETWEEN):
+        raise ChainError(NOT_PEM)
     return out
 
 
@@ -71,18 +73,31 @@ class Cert:
             key = self.x509.public_key()
             self.not_before = self.x509.not_valid_before_utc
             self.not_after = self.x509.not_valid_after_utc
-            self.extensions = list(self.x509.extensions)
+            self._read_extensions()
+        except ChainError:
+            raise
         except Exception as error:  # what cryptography raises for a bad certificate is of a dozen kinds
             raise ChainError(f"a certificate cannot be read: {error}") from None
-        if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
+        if type(getattr(key, "curve", None)) is not ec.SECP256R1:
             raise ChainError(f"{self.name}'s key is not on P-256")
         if self.x509.signature_algorithm_oid != ECDSA_SHA256:
             raise ChainError(f"{self.name} is not signed with ECDSA and SHA-256")
-        self.key = key
-        self.key_id = hashlib.sha256(data).digest()
-        for extension in self.extensions:
-            if extension.critical and isinstance(extension.value, x509.UnrecognizedExtension):
-                raise ChainError(f"{self.name} has the critical extension {extension.oid.dotted_string}")
+        self.key = cast(ec.EllipticCurvePublicKey, key)
+
+    def _read_extensions(self) -> None:
+        """Keep the two that chains and quotes are judged by; refuse a critical one that is not understood."""
+        self.constraints: x509.BasicConstraints | None = None
+        self.sgx_extension: bytes | None = None
+        for extension in self.x509.extensions:
+            value = extension.value
+            kind = type(value)  # isinstance of such an abstract class takes as long as the rest of this loop
+            if kind is x509.BasicConstraints:
+                self.constraints = value
+            elif kind is x509.UnrecognizedExtension:
+                if extension.critical:
+                    raise ChainError(f"{self.name} has the critical extension {extension.oid.dotted_string}")
+                if value.oid == SGX_OID:
+                    self.sgx_extension = value.value
 
     @property
     def name(self) -> str:
@@ -103,8 +118,7 @@ class Cert:
 
     def check_role(self, below: int) -> None:
         """Refuse a leaf that is a CA (`below` < 0), or an issuer that may not have `below` CAs under it."""
-        values = (extension.value for extension in self.extensions)
-        constraints = next((value for value in values if isinstance(value, x509.BasicConstraints)), None)
+        constraints = self.constraints
         is_ca = constraints is not None and constraints.ca
         if below < 0:
             if is_ca:
@@ -155,11 +169,11 @@ class Crl:
 
     def check_signature(self, issuer: Cert) -> None:
         """Refuse a CRL that its issuer did not sign."""
-        if issuer.key_id == self._signer:
+        if issuer.der == self._signer:
             return
         if not issuer.signed(self.x509.signature, self.x509.tbs_certlist_bytes):
             raise ChainError(f"the {self.what}'s signature is not {issuer.name}'s")
-        self._signer = issuer.key_id
+        self._signer = issuer.der
 
     def check(self, cert: Cert, now: int) -> None:
         """Refuse a certificate that is revoked, or any when the CRL has run out."""
@@ -264,11 +278,9 @@ def _check_revocation(cert: Cert, issuer: Cert, crls: Sequence[Crl], now: int) -
 
 def pck_extension(cert: Cert) -> PckExtension:
     """What the PCK certificate says of its platform."""
-    for extension in cert.extensions:
-        value = extension.value
-        if isinstance(value, x509.UnrecognizedExtension) and value.oid == SGX_OID:
-            return PckExtension.from_der(value.value)
-    raise ChainError(f"{cert.name} has no SGX extension: it is no PCK certificate")
+    if cert.sgx_extension is None:
+        raise ChainError(f"{cert.name} has no SGX extension: it is no PCK certificate")
+    return PckExtension.from_der(cert.sgx_extension)
 
 
 @functools.lru_cache(maxsize=64)

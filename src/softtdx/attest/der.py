@@ -37,19 +37,21 @@ def integer(value: int) -> bytes:
 
 def element(data: bytes, at: int = 0) -> tuple[int, int, int]:
     """The element at `at`: its tag, where its value begins, and where it ends. Indefinite lengths are refused."""
-    if at + 2 > len(data):
+    size = len(data)
+    if at + 2 > size:
         raise MalformedError("DER ends inside an element")
     tag, length = data[at], data[at + 1]
     at += 2
     if length >= SHORT_FORM:
         count = length & 0x7F
-        if not 1 <= count <= LONGEST_LENGTH or at + count > len(data):
+        if not 1 <= count <= LONGEST_LENGTH or at + count > size:
             raise MalformedError("DER has a length that cannot be")
         length = int.from_bytes(data[at : at + count], "big")
         at += count
-    if at + length > len(data):
+    end = at + length
+    if end > size:
         raise MalformedError("DER ends inside an element")
-    return tag, at, at + length
+    return tag, at, end
 
 
 def elements(data: bytes) -> list[tuple[int, bytes]]:

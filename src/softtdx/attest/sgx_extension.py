@@ -31,12 +31,14 @@ def _entry(suffix: bytes, value: bytes) -> bytes:
 def _lookup(value: bytes) -> Table:
     """Values of SEQUENCE { OID, value } by OID; the first of a name counts, as for the verifiers in use."""
     found: Table = {}
-    for tag, entry in der.elements(value):
-        oid_tag, oid_at, oid_end = der.element(entry)
-        if tag != der.SEQUENCE or oid_tag != der.OID:
+    end = 0
+    while end < len(value):
+        tag, at, end = der.element(value, end)
+        oid_tag, oid_at, oid_end = der.element(value, at)
+        _, start, stop = der.element(value, oid_end)
+        if tag != der.SEQUENCE or oid_tag != der.OID or stop > end:
             raise MalformedError("the SGX extension has an entry that is no SEQUENCE of OID and value")
-        _, start, end = der.element(entry, oid_end)
-        found.setdefault(entry[oid_at:oid_end], entry[start:end])
+        found.setdefault(value[oid_at:oid_end], value[start:stop])
     return found
 
 

@@ -69,7 +69,7 @@ def load_pki(directory: str | Path) -> Pki:
         raise
     except KeyError as error:
         raise PkiError(f"{base}/pki.json lacks {error}") from None
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise PkiError(f"the PKI in {base} cannot be read: {error}") from None
 
 

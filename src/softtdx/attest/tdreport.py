@@ -36,7 +36,12 @@ def attribute_bits() -> dict[str, int]:
 
 def attribute_names(attributes: int) -> list[str]:
     """The names of the bits set, an unnamed one as `bit N`."""
-    return [NAMES.get(1 << bit, f"bit {bit}") for bit in range(64) if attributes >> bit & 1]
+    names = []
+    while attributes:
+        lowest = attributes & -attributes
+        names.append(NAMES.get(lowest) or f"bit {lowest.bit_length() - 1}")
+        attributes ^= lowest
+    return names
 
 
 NAMES = {value: name for name, value in attribute_bits().items()}

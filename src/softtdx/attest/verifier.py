@@ -35,8 +35,12 @@ __all__ = ["Step", "Verdict", "VerificationError", "Verifier"]
 ANY_STATUS = Policy.any_status()
 AUTH_DATA_SIZE = 32
 SIGNATURE_SIZE = 64
-PROFILING = Attributes.HGS_PLUS_PROF | Attributes.PERF_PROF | Attributes.PMT_PROF
-KNOWN_ATTRIBUTES = sum(Attributes) | 0x7F << 16
+# As plain integers, since operators of flags take microseconds.
+DEBUG, MIGRATABLE, SERVTD_EXT, SEPT_VE_DISABLE = map(
+    int, (Attributes.DEBUG, Attributes.MIGRATABLE, Attributes.SERVTD_EXT, Attributes.SEPT_VE_DISABLE)
+)
+PROFILING = int(Attributes.HGS_PLUS_PROF | Attributes.PERF_PROF | Attributes.PMT_PROF)
+KNOWN_ATTRIBUTES = sum(map(int, Attributes)) | 0x7F << 16
 """Bits 22:16 are security features that the TDX ABI specification lets a verifier pass over."""
 
 
@@ -312,17 +316,17 @@ def _check_attributes(quote: Quote, run: _Run) -> None:
     attributes = body.td_attributes
     if isinstance(body, TdBody15) and any(body.mr_service_td) and not policy.allow_service_td:
         raise MalformedError("MRSERVICETD is not zero: the TD is bound to a service TD")
-    if attributes & Attributes.DEBUG and not policy.allow_debug:
+    if attributes & DEBUG and not policy.allow_debug:
         raise MalformedError("the TD is being debugged (ATTRIBUTES.DEBUG)")
     if attributes & PROFILING and not policy.allow_debug:
         raise MalformedError("the TD is being profiled (ATTRIBUTES bits 6:4)")
     if attributes & ~KNOWN_ATTRIBUTES:
         raise MalformedError(f"ATTRIBUTES {attributes:#x} has reserved bits set")
-    if attributes & Attributes.MIGRATABLE:
+    if attributes & MIGRATABLE:
         raise MalformedError("the TD is migratable")
-    if attributes & Attributes.SERVTD_EXT and not (policy.allow_service_td and isinstance(body, TdBody15)):
+    if attributes & SERVTD_EXT and not (policy.allow_service_td and isinstance(body, TdBody15)):
         raise MalformedError("the TD has SERVTD_EXT")
-    if not attributes & Attributes.SEPT_VE_DISABLE:
+    if not attributes & SEPT_VE_DISABLE:
         raise MalformedError("SEPT_VE_DISABLE is not set: the host can inject #VE")
     run.did("TD attributes", f"{attributes:#x} ({', '.join(attribute_names(attributes))}): none that is refused")
 

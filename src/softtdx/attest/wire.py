@@ -92,7 +92,7 @@ class Layout:
     def to_bytes(self) -> bytes:
         """The structure as it lies in memory."""
         form = self.form()
-        return form.pack(*(getattr(self, name) for name in self._names))
+        return form.pack(*map(vars(self).__getitem__, self._names))
 
     def describe(self) -> dict[str, str | int]:
         """Every field, bytes as hex; a reserved one only when it is not zero."""

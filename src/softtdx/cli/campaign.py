@@ -10,7 +10,11 @@ from softtdx.errors import SoftTdxError
 
 __all__ = ["COMMANDS"]
 
-_STEPS = {"seamcall": 10_000, "tdcall": 5_000, "code": 1_000, "ioctl": 10_000, "files": 50_000}
+_STEPS = {
+    "seamcall": 10_000, "tdcall": 10_000, "guest": 5_000, "code": 2_000, "ioctl": 10_000, "files": 50_000,
+    "loader": 5_000,
+}  # fmt: skip
+_ENGINES = ("local", "ray")
 
 
 @click.command()
@@ -18,8 +22,9 @@ _STEPS = {"seamcall": 10_000, "tdcall": 5_000, "code": 1_000, "ioctl": 10_000, "
 @click.option("--seeds", type=click.IntRange(1), default=4, show_default=True, help="Seeds of each target.")
 @click.option("--first-seed", type=click.IntRange(0), default=0, show_default=True, help="The first of them.")
 @click.option("--steps", type=click.IntRange(1), help="Steps of a seed: calls, files, thousands of instructions.")
-@click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes.")
-@click.option("--engine", type=click.Choice(["local"]), default="local", show_default=True, help="Where they run.")
+@click.option("--workers", type=click.IntRange(1), help="Processes; default: one, or with ray one for each CPU.")
+@click.option("--engine", type=click.Choice(_ENGINES), default="local", show_default=True, help="Where they run.")
+@click.option("--ray-address", metavar="HOST:PORT", help="A Ray cluster to join; default: one on this machine.")
 @click.option("--state", type=click.Path(dir_okay=False), metavar="FILE", help="Keep what is done; goes on from there.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
 def campaign(
@@ -27,18 +32,21 @@ def campaign(
     seeds: int,
     first_seed: int,
     steps: int | None,
-    workers: int,
+    workers: int | None,
     engine: str,
+    ray_address: str | None,
     state: str | None,
     as_json: bool,
 ) -> int:
-    """Fuzz SEAMCALL, TDCALL, the interpreter, KVM's ioctls and parsers of files. Exit status 0 when nothing was found.
+    """Fuzz SEAMCALL, TDCALL, the interpreter, KVM's ioctls, files and the loader. Exit status 0: nothing was found.
 
     The same seed finds the same things. Findings are told apart by their cause and come with the seed that shows them.
     """
-    del engine
     from softtdx.attack.campaign import CampaignState, Job, run_campaign
+    from softtdx.attack.engines import LocalEngine, RayEngine
 
+    if ray_address is not None and engine != "ray":
+        raise click.UsageError("--ray-address is for --engine ray")
     unknown = [name for name in targets if name not in _STEPS]
     if unknown:
         raise SoftTdxError(f"there is no fuzzing target {unknown[0]!r}; there are {', '.join(_STEPS)}")
@@ -52,9 +60,9 @@ def campaign(
         def progress(now: CampaignState) -> None:
             status.update(f"{len(now.done)} of {len(jobs)} jobs, {now.steps:,} steps, {len(now.findings)} findings")
 
-        result = run_campaign(
-            jobs, workers=workers, state_file=Path(state) if state is not None else None, progress=progress
-        )
+        where = RayEngine(workers, address=ray_address) if engine == "ray" else LocalEngine(workers or 1)
+        file = Path(state) if state is not None else None
+        result = run_campaign(jobs, engine=where, state_file=file, progress=progress)
     if as_json:
         click.echo(json.dumps(result.describe()))
     else:

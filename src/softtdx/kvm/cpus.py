@@ -5,6 +5,7 @@ processor. With more threads than processors they take turns: a thread that wait
 been busy longest, and the run loop there yields.
 """
 
+import errno
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
 from softtdx.hw import LogicalProcessor, Platform
+from softtdx.kvm.errors import KvmError
 
 __all__ = ["HostCpus"]
 
@@ -47,16 +49,50 @@ class HostCpus:
         self._owner: list[int | None] = [None] * len(self.lps)
         self._since = [0] * len(self.lps)
         self._turns = 0
+        self._usable = [True] * len(self.lps)  # threads may be scheduled there
+        self._online = [True] * len(self.lps)
         self._waiting = 0
         self._calls: list[deque[_Call[Any]]] = [deque() for _ in self.lps]
         self._here = threading.local()
 
     def package_leaders(self) -> list[int]:
-        """One processor of each package."""
+        """One online processor of each package that has one."""
         leaders: dict[int, int] = {}
-        for lp in self.lps:
+        for lp in self.online():
             leaders.setdefault(lp.package, lp.index)
         return list(leaders.values())
+
+    # --- hotplug
+    def is_online(self, index: int) -> bool:
+        """Whether threads may run on the processor."""
+        return self._usable[index]
+
+    def online(self) -> list[LogicalProcessor]:
+        """The processors that are online."""
+        return [lp for lp in self.lps if self._usable[lp.index]]
+
+    def drain(self, index: int) -> None:
+        """Let no thread run on the processor any more, and wait until the one that does has left it.
+
+        It still takes calls. EBUSY when that thread is the caller.
+        """
+        if getattr(self._here, "index", None) == index:
+            raise KvmError(errno.EBUSY, f"the caller runs on processor {index}")
+        with self._lock:
+            self._usable[index] = False
+            while self._owner[index] is not None:
+                self.lps[index].interrupt()
+                self._lock.wait(_TICK)
+
+    def set_offline(self, index: int) -> None:
+        """A drained processor is gone: calls to it fail."""
+        self._online[index] = self._usable[index] = False
+
+    def set_online(self, index: int) -> None:
+        """Threads may run there."""
+        with self._lock:
+            self._online[index] = self._usable[index] = True
+            self._lock.notify_all()
 
     @contextmanager
     def run(self, prefer: int | None = None) -> Iterator[LogicalProcessor]:
@@ -74,10 +110,15 @@ class HostCpus:
     def yield_if_wanted(self, lp: LogicalProcessor) -> bool:
         """Run the calls queued for this processor; answer whether another thread waits for one (need_resched)."""
         self._serve(lp.index)
-        return self._waiting > 0
+        return self._waiting > 0 or not self._usable[lp.index]
 
     def call_on(self, index: int, function: Callable[[LogicalProcessor], _T]) -> _T:
-        """Run `function` on processor `index` and wait for it (an IPI, when another thread runs there)."""
+        """Run `function` on processor `index` and wait for it (an IPI, when another thread runs there).
+
+        KvmError(ENODEV) when the processor is offline.
+        """
+        if not self._online[index]:
+            raise KvmError(errno.ENODEV, f"processor {index} is offline")
         if getattr(self._here, "index", None) == index:
             return function(self.lps[index])
         call = _Call(function)
@@ -107,7 +148,8 @@ class HostCpus:
             self._waiting += 1
             try:
                 while (index := self._idle(prefer)) is None:
-                    longest = min(range(len(self.lps)), key=self._since.__getitem__)
+                    usable = [index for index in range(len(self.lps)) if self._usable[index]]
+                    longest = min(usable, key=self._since.__getitem__)
                     self.lps[longest].interrupt()
                     self._lock.wait(_TICK)
             finally:
@@ -118,9 +160,9 @@ class HostCpus:
         return index
 
     def _idle(self, prefer: int | None) -> int | None:
-        if prefer is not None and self._owner[prefer] is None:
+        if prefer is not None and self._owner[prefer] is None and self._usable[prefer]:
             return prefer
-        return next((i for i, owner in enumerate(self._owner) if owner is None), None)
+        return next((i for i, owner in enumerate(self._owner) if owner is None and self._usable[i]), None)
 
     def _give(self, index: int) -> None:
         self._serve(index)

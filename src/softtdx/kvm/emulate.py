@@ -7,7 +7,7 @@ from softtdx.hw import PlatformDescription
 from softtdx.kvm.uapi import CpuidEntry
 from softtdx.kvm.vcpu import Vcpu
 
-__all__ = ["cpuid", "host_cpuid", "read_msr", "write_msr"]
+__all__ = ["FEATURES", "cpuid", "feature_msr", "host_cpuid", "read_msr", "td_has_msr", "write_msr"]
 
 # Features that a guest may be shown of those the host has: what needs no state or mode beyond x87 and SSE.
 _GUEST_FEATURES: Final[dict[tuple[int, int | None], tuple[int, int, int, int]]] = {
@@ -19,10 +19,17 @@ _HYPERVISOR: Final = 1 << 31
 _NEEDS_APIC: Final = 1 << 21 | 1 << 24  # of leaf 1 ECX: x2APIC, TSC deadline
 _COPIED: Final = (0, 2, 4, 0x15, 0x16, 0x8000_0000, 0x8000_0006, 0x8000_0007, 0x8000_0008)
 
+_ON_VIRTUAL_APIC: Final = frozenset(
+    (Msr.X2APIC_TPR, Msr.X2APIC_PPR, Msr.X2APIC_EOI, *range(Msr.X2APIC_ISR0, Msr.X2APIC_ESR))
+)
+
+FEATURES: Final = (Msr.BIOS_SIGN_ID, Msr.ARCH_CAPABILITIES, Msr.PLATFORM_INFO)
+"""KVM_GET_MSR_FEATURE_INDEX_LIST: MSRs that say what the virtual processor can do."""
+
 # MSRs that software keeps: reset value. Writes are remembered.
 _SOFTWARE_MSRS: Final[dict[int, int]] = {
     Msr.MTRRCAP: 0x508,
-    0x2FF: 0x6,  # IA32_MTRR_DEF_TYPE: MTRRs off, write-back
+    Msr.MTRR_DEF_TYPE: 0x6,  # IA32_MTRR_DEF_TYPE: MTRRs off, write-back
     **dict.fromkeys(range(0x200, 0x210), 0),  # variable ranges
     **dict.fromkeys((0x250, 0x258, 0x259, *range(0x268, 0x270)), 0),  # fixed ranges
     Msr.MISC_ENABLE: 1,
@@ -36,7 +43,24 @@ _SOFTWARE_MSRS: Final[dict[int, int]] = {
     Msr.SPEC_CTRL: 0,
     Msr.PRED_CMD: 0,
     Msr.FEATURE_CONTROL: 1,
+    Msr.PLATFORM_INFO: 0,
+    Msr.MISC_FEATURES_ENABLES: 0,
+    Msr.POWER_CTL: 0,
 }
+_APIC_BASE_VALID: Final = 0xFFF_FFFF_FD00  # the address, BSP, x2APIC mode, enabled
+_MTRRS: Final = (Msr.MTRR_DEF_TYPE, *range(0x200, 0x210), 0x250, 0x258, 0x259, *range(0x268, 0x270))
+_MEMORY_TYPES: Final = (0, 1, 4, 5, 6)
+_FIXED_MTRRS: Final = frozenset((0x250, 0x258, 0x259, *range(0x268, 0x270)))
+
+# What KVM keeps for a TD (tdx_has_emulated_msr); the rest is the TDX module's, or nobody's.
+_OF_A_TD: Final = frozenset(
+    {
+        Msr.BIOS_SIGN_ID, Msr.ARCH_CAPABILITIES, Msr.POWER_CTL, Msr.MTRRCAP, *_MTRRS, Msr.TSC_DEADLINE,
+        Msr.MISC_ENABLE, Msr.PLATFORM_INFO, Msr.MISC_FEATURES_ENABLES, Msr.APIC_BASE, Msr.FEATURE_CONTROL,
+        Msr.MCG_CAP, Msr.MCG_STATUS,
+    }
+)  # fmt: skip
+_TD_READS_ONLY: Final = frozenset({Msr.APIC_BASE, Msr.EFER, Msr.FEATURE_CONTROL})
 
 
 def host_cpuid(description: PlatformDescription) -> list[CpuidEntry]:
@@ -80,7 +104,7 @@ def read_msr(vcpu: Vcpu, index: int) -> int | None:
     default = _SOFTWARE_MSRS.get(index)
     if default is None:
         return None
-    if index == Msr.APIC_BASE and vcpu.vcpu_id == 0:
+    if index == Msr.APIC_BASE and vcpu.vcpu_id == vcpu.vm.boot_cpu:
         default |= APIC_BASE_BSP
     return vcpu.msrs.get(index, default)
 
@@ -89,7 +113,32 @@ def write_msr(vcpu: Vcpu, index: int, value: int) -> bool:
     """Write an MSR that KVM keeps; False for one it does not have."""
     if vcpu.apic is not None and is_apic_msr(index):
         return vcpu.apic.write(index, value)
-    if index not in _SOFTWARE_MSRS:
+    if index not in _SOFTWARE_MSRS or not _takes(index, value):
         return False
     vcpu.msrs[index] = value
     return True
+
+
+def _takes(index: int, value: int) -> bool:
+    """Whether the MSR may have the value; those that are not named here may have any."""
+    if index == Msr.APIC_BASE:
+        return not value & ~_APIC_BASE_VALID
+    if index in _FIXED_MTRRS:
+        return all(kind in _MEMORY_TYPES for kind in value.to_bytes(8, "little"))
+    if index == Msr.MTRR_DEF_TYPE:
+        return not value & ~0xCFF and value & 0xFF in _MEMORY_TYPES
+    return True
+
+
+def feature_msr(index: int) -> int | None:
+    """The value of an MSR-based feature (msr_based_features); None for an MSR that is none."""
+    return _SOFTWARE_MSRS[index] if index in FEATURES else None
+
+
+def td_has_msr(index: int, *, write: bool = False) -> bool:
+    """Whether KVM emulates the MSR for a TD: what the processor's virtual APIC and the module have, it does not."""
+    if write and index in _TD_READS_ONLY:
+        return False
+    if Msr.X2APIC_FIRST <= index <= Msr.X2APIC_LAST:
+        return index not in _ON_VIRTUAL_APIC
+    return index in _OF_A_TD

@@ -1,7 +1,10 @@
-"""guest_memfd: memory of a VM that user space cannot map; what private GPAs of a TD are backed by.
+"""guest_memfd: memory of a VM that user space cannot map; what private GPAs of a TD are backed by (kvm_gmem).
 
 Facts: the kernel's virt/kvm/guest_memfd.c. Punching a hole first unmaps the range from the VM (for a TD: BLOCK,
-TRACK, REMOVE), then frees the pages.
+TRACK, REMOVE), then frees the pages. The pages are unevictable: the host could only store what it cannot read.
+
+On hugetlb pages (a posted series, not yet in the kernel) a large page stays the file's while parts of it are punched
+out, so that a range that was shared for a while is whole again when it is private again.
 """
 
 import errno
@@ -9,6 +12,7 @@ from collections.abc import Callable, Iterator
 from threading import RLock
 
 from softtdx.kvm.errors import KvmError
+from softtdx.kvm.memfd import PAGE_SIZES
 from softtdx.kvm.memory import PAGE, PAGE_2M, HostMemory
 
 __all__ = ["GuestMemfd"]
@@ -19,16 +23,18 @@ _HUGE = PAGE_2M // PAGE
 class GuestMemfd:
     """One file: page index -> physical page. Pages come into being when they are first asked for."""
 
-    def __init__(self, memory: HostMemory, size: int) -> None:
-        """A file of `size` bytes. EINVAL unless it is a positive multiple of the page size."""
-        if size <= 0 or size % PAGE:
-            raise KvmError(errno.EINVAL, f"a guest_memfd of {size} bytes")
+    def __init__(self, memory: HostMemory, size: int, page_size: int = PAGE) -> None:
+        """A file of `size` bytes on pages of 4 KiB, 2 MiB or 1 GiB. EINVAL unless it is a positive multiple of that."""
+        if page_size not in PAGE_SIZES or size <= 0 or size % page_size:
+            raise KvmError(errno.EINVAL, f"a guest_memfd of {size} bytes on pages of {page_size} bytes")
         self.size = size
+        self.page_size = page_size
         self._memory = memory
         self._lock = RLock()
         self._pages: dict[int, int] = {}
         self._blocks: dict[int, int] = {}  # number of a 2 MiB part -> its block; its pages are not in `_pages`
         self._homes: dict[int, int] = {}  # number of a 2 MiB part -> the block that its pages came from
+        self._reserved: dict[int, int] = {}  # number of a hugetlb page of the file -> its block
         self._bindings: list[tuple[int, int, Callable[[int, int], None]]] = []
 
     def bind(self, offset: int, size: int, invalidate: Callable[[int, int], None]) -> None:
@@ -53,6 +59,8 @@ class GuestMemfd:
             if whole is not None:
                 return whole + index % _HUGE * PAGE
             pa = self._pages.get(index)
+            if pa is None and self.page_size > PAGE:
+                pa = self._pages[index] = self._reserve(index)
             if pa is None:
                 # Back where it was, if it came from a large page: then that can become one again.
                 block = self._homes.get(index // _HUGE)
@@ -61,14 +69,26 @@ class GuestMemfd:
                 self._pages[index] = pa  # a TD sees it only after PAGE.ADD or ACCEPT wrote it
             return pa
 
-    def replace(self, index: int, page: int) -> int:
-        """The page at `index` was moved to `page`; returns the old one, now the caller's."""
+    def _reserve(self, index: int) -> int:
+        """Where a page of a hugetlb file lies: in the large page that is the file's from now on."""
+        number, inside = divmod(index * PAGE, self.page_size)
+        block = self._reserved.get(number)
+        if block is None:
+            block = self._reserved[number] = self._memory.alloc(self.page_size // PAGE, align=self.page_size)
+        return block + inside
+
+    def replace(self, index: int, page: int) -> int | None:
+        """The page at `index` was moved to `page`; returns the old one, now the caller's, unless it stays reserved."""
         with self._lock:
             self._split(index // _HUGE)
             old, self._pages[index] = self._pages[index], page
             if index % _HUGE == 0 and page % PAGE_2M == 0:
                 self._homes[index // _HUGE] = page
-            return old
+            return None if self._is_reserved(index, old) else old
+
+    def _is_reserved(self, index: int, pa: int) -> bool:
+        number, inside = divmod(index * PAGE, self.page_size)
+        return self._reserved.get(number, -1) + inside == pa
 
     def get_huge_page(self, index: int) -> int | None:
         """The aligned, contiguous 2 MiB block at `index`; None when it cannot be one."""
@@ -85,10 +105,13 @@ class GuestMemfd:
                 return pa if whole else None
             if (index + _HUGE) * PAGE > self.size or not self._pages.keys().isdisjoint(range(index, index + _HUGE)):
                 return None
-            try:
-                pa = self._memory.alloc(_HUGE, align=PAGE_2M)
-            except KvmError:
-                return None
+            if self.page_size > PAGE:
+                pa = self._reserve(index)
+            else:
+                try:
+                    pa = self._memory.alloc(_HUGE, align=PAGE_2M)
+                except KvmError:
+                    return None
             self._blocks[number] = self._homes[number] = pa
             return pa
 
@@ -121,6 +144,27 @@ class GuestMemfd:
                     self._split(number)
             self._pages = {index: pa for index, pa in self._pages.items() if not self._memory.is_tdx(pa)}
         self._free(range(self.size // PAGE))
+        for block in self._reserved.values():
+            pages = [pa for pa in range(block, block + self.page_size, PAGE) if not self._memory.is_tdx(pa)]
+            for start, count in _runs(pages):
+                self._memory.free(start, count)
+        self._reserved.clear()
+
+    def unmapped_in(self, start: int, end: int) -> list[int]:
+        """Indexes of pages in the physical range [start, end) that TDX does not own: no TD maps them."""
+        with self._lock:
+            for number, block in list(self._blocks.items()):
+                if start <= block < end and not self._memory.is_tdx(block, _HUGE):
+                    self._split(number)
+            return [i for i, pa in self._pages.items() if start <= pa < end and not self._memory.is_tdx(pa)]
+
+    def drop_page(self, index: int) -> bool:
+        """Free a page that no TD maps: its contents were the TD's, and are gone. False for a reserved one."""
+        with self._lock:
+            if self._reserved:
+                return False
+            self._memory.free(self._pages.pop(index))
+            return True
 
     def _free(self, indexes: range) -> None:
         first, last = indexes.start, indexes.stop - 1
@@ -135,7 +179,9 @@ class GuestMemfd:
                 if len(indexes) < len(self._pages)
                 else sorted(i for i in self._pages if i in indexes)
             )
-            pages = [self._pages.pop(index) for index in found]
+            pages = [pa for i in found if not self._is_reserved(i, pa := self._pages.pop(i))]
+            if self._reserved:
+                blocks = []  # they stay the file's
         for block in blocks:
             self._memory.free(block, _HUGE)
         for start, count in _runs(pages):

@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING
 
 from softtdx.hw import Platform
 from softtdx.kvm.cpus import HostCpus
+from softtdx.kvm.host_mm import HostMm
+from softtdx.kvm.hotplug import Hotplug
 from softtdx.kvm.memory import HostMemory
 from softtdx.kvm.tdx_host import ModuleRelease, TdxHost
 
@@ -23,6 +25,8 @@ class Host:
         self.cpus = HostCpus(platform)
         self.tdx: TdxHost | None = None
         self.vms: list[Vm] = []  # of all processes, as in the kernel's vm_list
+        self.mm = HostMm(self, swap_pages=self.memory.total_pages)
+        self.hotplug = Hotplug(self)
 
     def enable_tdx(self, release: ModuleRelease) -> TdxHost:
         """Load the TDX module and bring TDX up on every processor. TdxUnavailableError says what stood in the way."""

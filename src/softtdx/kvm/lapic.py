@@ -8,6 +8,7 @@ through the posted-interrupt descriptor (SDM 30.6), whether it runs or not; for 
 from threading import Condition
 from typing import TYPE_CHECKING, Final
 
+from softtdx.abi.kvm import MpState
 from softtdx.abi.msrs import Msr
 from softtdx.hw import LogicalProcessor
 from softtdx.kvm.memory import PAGE
@@ -51,7 +52,7 @@ _KEPT: Final[dict[int, int]] = {
 
 
 class LocalApic:
-    """One vCPU's APIC. `post` and `nmi` may come from any thread, the rest from the vCPU's own."""
+    """One vCPU's APIC. `post` and `wake` may come from any thread, the rest from the vCPU's own."""
 
     def __init__(self, vcpu: "Vcpu") -> None:
         """As after reset, enabled in x2APIC mode; its ID is the vCPU's."""
@@ -68,7 +69,6 @@ class LocalApic:
         self._tsc_deadline = 0
         self._started = 0
         self.changed = Condition()
-        self.nmi_pending = False
 
     def free(self) -> None:
         """Give the descriptor back."""
@@ -82,13 +82,10 @@ class LocalApic:
             lp = self.vcpu.in_guest
             if lp is not None:
                 lp.core.posted_interrupt()
-        with self.changed:
-            self.changed.notify_all()
+        self.wake()
 
-    def nmi(self) -> None:
-        """A non-maskable interrupt for the vCPU."""
-        self.nmi_pending = True
-        self.vcpu.leave_guest()
+    def wake(self) -> None:
+        """Whoever waits in `block` looks again."""
         with self.changed:
             self.changed.notify_all()
 
@@ -103,6 +100,24 @@ class LocalApic:
     def posted(self) -> bool:
         """Whether the descriptor has an interrupt that the processor has not taken."""
         return bool(self._memory.rd64(self.descriptor + _CONTROL) & _ON)
+
+    def posted_vectors(self) -> list[int]:
+        """The vectors in the posted-interrupt descriptor."""
+        bits = int.from_bytes(self._memory.read(self.descriptor, _CONTROL), "little")
+        return [vector for vector in range(256) if bits >> vector & 1]
+
+    # --- saved and restored by user space
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """The registers that this APIC remembers, as x2APIC MSRs."""
+        return tuple(self._registers)
+
+    def restore(self, registers: dict[int, int]) -> None:
+        """Give the remembered registers these values, and start the timer anew."""
+        self._registers.update(registers)
+        self._deadline, self._tsc_deadline = None, 0
+        if self._timer_mode() != _MODE_DEADLINE:
+            self._start_count()
 
     # --- the guest's register accesses that exit
     def read(self, msr: int) -> int | None:
@@ -190,7 +205,7 @@ class LocalApic:
         """Take a message of a delivery mode. INIT and SIPI do nothing: vCPUs start through the firmware's mailbox."""
         self.vcpu.vm.stats["interrupts posted"] += 1
         if mode == _NMI:
-            self.nmi()
+            self.vcpu.nmi()
         elif mode in (_FIXED, _LOWEST):
             self.post(vector)
 
@@ -251,7 +266,7 @@ class LocalApic:
         while True:
             if vcpu.kick_pending or vcpu.vm.dead:
                 return False
-            if self.posted or self.nmi_pending or vcpu.ops.interrupt_waits():
+            if self.posted or vcpu.nmi_pending or vcpu.ops.interrupt_waits():
                 return True
             left = None
             if self._deadline is not None:
@@ -260,6 +275,15 @@ class LocalApic:
                     return True
                 left = self._deadline - now
             self._idle(left)
+
+    def wait_for_kick(self) -> bool:
+        """The vCPU was not started: wait until it is (True) or a kick comes (False)."""
+        vcpu = self.vcpu
+        while not vcpu.kick_pending and not vcpu.vm.dead:
+            if vcpu.mp_state is MpState.RUNNABLE:
+                return True
+            self._sleep(None)
+        return False
 
     def _idle(self, ticks: int | None) -> None:
         """Let time pass until something happens, at most the `ticks` up to the timer."""
@@ -281,7 +305,7 @@ class LocalApic:
 
         start = perf_counter()
         with self.changed:
-            if not self.vcpu.kick_pending and not self.posted and not self.nmi_pending:
+            if not self.vcpu.kick_pending and not self.posted and not self.vcpu.nmi_pending:
                 self.changed.wait(_POLL if seconds is None else min(seconds, _POLL))
         return perf_counter() - start
 

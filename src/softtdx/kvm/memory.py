@@ -7,19 +7,21 @@ touched with a shared KeyID until they have been reclaimed, and must be back bef
 
 import errno
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from threading import RLock
 
 from softtdx.hw import Platform
 from softtdx.kvm.errors import KvmError
 
-__all__ = ["PAGE", "PAGE_2M", "HostMemory"]
+__all__ = ["PAGE", "PAGE_1G", "PAGE_2M", "HostMemory"]
 
 PAGE = 4096
 PAGE_2M = 2 << 20
 PAGE_1G = 1 << 30
 _BLOCK = PAGE_2M // PAGE
 _MAX_ORDER = 18  # 1 GiB
+_COSTLY = 8
+_RECLAIM_BATCH = 32  # pages, even if one would do (SWAP_CLUSTER_MAX)
 _LOW_MEMORY = 1 << 20  # left to firmware, as every kernel does
 
 
@@ -31,6 +33,7 @@ class HostMemory:
         self._bus = platform.memory
         self.read = platform.memory.read
         self.write = platform.memory.write
+        self.cas64 = platform.memory.cas64
         self._lock = RLock()
         self._free: list[dict[int, None]] = [{} for _ in range(_MAX_ORDER + 1)]
         self.ranges = [
@@ -44,6 +47,9 @@ class HostMemory:
         self.free_pages = self.total_pages
         self._tdx_pages: dict[int, str] = {}
         self._tdx_blocks: dict[int, str] = {}  # 2 MiB that went as one; none of its pages is in `_tdx_pages`
+        self._isolated: list[tuple[int, int]] = []
+        self._captured: set[int] = set()
+        self._shrinkers: list[Callable[[int], int]] = []
 
     # --- allocation
     def alloc(
@@ -65,6 +71,35 @@ class HostMemory:
         if zero:
             self.zero(pa, pages)
         return pa
+
+    def alloc_reclaim(
+        self, pages: int = 1, *, align: int = PAGE, zero: bool = False, within: tuple[int, int] | None = None
+    ) -> int:
+        """`alloc`, and where there is nothing free, after reclaim. The caller holds no lock of memory management."""
+        while True:
+            try:
+                return self.alloc(pages, align=align, zero=zero, within=within)
+            except KvmError:
+                # Reclaim frees pages here and there: it does not help who wants many in a row (costly orders).
+                if pages > _COSTLY or not self.reclaim(_RECLAIM_BATCH):
+                    raise
+
+    def register_shrinker(self, shrink: Callable[[int], int]) -> None:
+        """`shrink(pages)` gives back as many pages as it can, up to about `pages`, and returns how many."""
+        self._shrinkers.append(shrink)
+
+    def unregister_shrinker(self, shrink: Callable[[int], int]) -> None:
+        """What had the pages is gone."""
+        self._shrinkers.remove(shrink)
+
+    def reclaim(self, pages: int) -> int:
+        """Direct reclaim: ask whoever can give pages back; returns how many came. No lock may be held."""
+        found = 0
+        for shrink in list(self._shrinkers):
+            found += shrink(pages - found)
+            if found >= pages:
+                break
+        return found
 
     def alloc_at(self, pa: int) -> bool:
         """Allocate this very page. False when it is not free."""
@@ -111,8 +146,57 @@ class HostMemory:
             owned = next(self._owned(pa, pages), None)
             if owned is not None:
                 raise RuntimeError(f"page {owned[0]:#x} is freed while TDX owns it ({owned[1]})")
+            if any(start < pa + pages * PAGE and pa < end for start, end in self._isolated):
+                self._free_isolated(range(pa, pa + pages * PAGE, PAGE))
+                return
             self._add(pa, pa + pages * PAGE)
             self.free_pages += pages
+
+    # --- memory that is to go offline
+    def isolate(self, start: int, end: int) -> None:
+        """Hand out no page of [start, end) any more; those that are freed from now on stay out too."""
+        with self._lock:
+            self._isolated.append((start, end))
+            for order in range(_MAX_ORDER + 1):
+                size = PAGE << order
+                for block in [b for b in self._free[order] if b < end and start < b + size]:
+                    del self._free[order][block]
+                    inside = max(block, start), min(block + size, end)
+                    self._captured.update(range(*inside, PAGE))
+                    self.free_pages -= (inside[1] - inside[0]) // PAGE
+                    self._add(block, inside[0])
+                    self._add(inside[1], block + size)
+
+    def unisolate(self, start: int, end: int) -> None:
+        """The range is used again: its free pages are free pages of the machine."""
+        with self._lock:
+            self._isolated.remove((start, end))
+            back = sorted(page for page in self._captured if start <= page < end)
+            self._captured.difference_update(back)
+            for page in back:
+                self._add(page, page + PAGE)
+            self.free_pages += len(back)
+
+    def add_range(self, start: int, end: int) -> None:
+        """New memory: its pages are free."""
+        with self._lock:
+            self.ranges = sorted([*self.ranges, (start, end)])
+            self._add(start, end)
+            self.total_pages += (end - start) // PAGE
+            self.free_pages += (end - start) // PAGE
+
+    def in_use(self, start: int, end: int) -> list[int]:
+        """The pages of an isolated range that somebody still has."""
+        with self._lock:
+            return [page for page in range(start, end, PAGE) if page not in self._captured]
+
+    def _free_isolated(self, freed: range) -> None:
+        for page in freed:
+            if any(start <= page < end for start, end in self._isolated):
+                self._captured.add(page)
+            else:
+                self._add(page, page + PAGE)
+                self.free_pages += 1
 
     def _add(self, start: int, end: int) -> None:
         """Put a range into the free lists as the largest aligned blocks, merging buddies."""
@@ -150,10 +234,11 @@ class HostMemory:
                 return
             for block in range(pa & -PAGE_2M, pa + pages * PAGE, PAGE_2M):
                 use = self._tdx_blocks.pop(block, None)
-                if use is not None:
+                if use is not None and not pa <= block <= pa + (pages - _BLOCK) * PAGE:
                     self._tdx_pages.update(dict.fromkeys(range(block, block + PAGE_2M, PAGE), use))
-            for page in range(pa, pa + pages * PAGE, PAGE):
-                self._tdx_pages.pop(page, None)
+            if self._tdx_pages:
+                for page in range(pa, pa + pages * PAGE, PAGE):
+                    self._tdx_pages.pop(page, None)
 
     def _owned(self, pa: int, pages: int) -> Iterator[tuple[int, str]]:
         """The pages of a range that TDX owns, one of a block for all of it, and their use."""
@@ -195,8 +280,8 @@ class HostMemory:
 
     def zero(self, pa: int, pages: int = 1) -> None:
         """Clear whole pages: full cache lines, so poison and another key's contents go without being read."""
-        for page in range(pa, pa + pages * PAGE, PAGE):
-            self.write(page, _ZEROES)
+        for at in range(0, pages, _BLOCK):
+            self.write(pa + at * PAGE, _ZEROES[: (pages - at) * PAGE])
 
 
-_ZEROES = bytes(PAGE)
+_ZEROES = bytes(PAGE_2M)

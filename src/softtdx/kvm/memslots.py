@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from softtdx.abi.kvm import MEMORY_ATTRIBUTE_PRIVATE, MemorySlotFlag
+from softtdx.kvm.dirty_log import DirtyBitmap
 from softtdx.kvm.errors import KvmError
 from softtdx.kvm.guest_memfd import GuestMemfd
 from softtdx.kvm.memory import PAGE
@@ -30,6 +31,12 @@ class Memslot:
     userspace_addr: int
     guest_memfd: GuestMemfd | None = None
     guest_memfd_offset: int = 0
+    dirty_bitmap: DirtyBitmap | None = None
+
+    @property
+    def read_only(self) -> bool:
+        """KVM_MEM_READONLY: a write exits to user space."""
+        return bool(self.flags & MemorySlotFlag.READONLY)
 
     @property
     def end(self) -> int:

@@ -17,18 +17,20 @@ from softtdx.abi.status import Status, status_of
 from softtdx.hw import LogicalProcessor, Registers
 from softtdx.kvm import seamcalls as sc
 from softtdx.kvm.errors import KvmError, SeamcallError
-from softtdx.kvm.memory import PAGE, HostMemory
+from softtdx.kvm.memory import HostMemory
 
 __all__ = ["Mapping", "SecureEpt"]
 
 _PARTS = 512  # mappings that one of the next size replaces
+_MASK_4K, _MASK_2M, _MASK_1G = (~(sept.level_size(level) - 1) for level in range(3))
+_LARGEST_LEAF = 2  # level: a page of 1 GiB
 _RETRIES = 10_000
 _INTERRUPTED = frozenset({Status.INTERRUPTED_RESTARTABLE, Status.INTERRUPTED_RESUMABLE, Status.INTERRUPTED_BUSY})
 
 
 @dataclass
 class Mapping:
-    """A private leaf: `level` 0 is 4 KiB, 1 is 2 MiB."""
+    """A private leaf: `level` 0 is 4 KiB, 1 is 2 MiB, 2 is 1 GiB."""
 
     hpa: int
     level: int
@@ -54,16 +56,19 @@ class SecureEpt:
         self._levels = levels
         self._kick = kick
         self._broken = broken
-        self.promotable: dict[int, int] = {}  # GPA -> attempts: ranges that may be merged once they are accepted
-        self._leaves: tuple[dict[int, Mapping], dict[int, Mapping]] = ({}, {})
+        self.promotable: dict[tuple[int, int], int] = {}  # (GPA, level) that may be merged once accepted -> attempts
+        self.hinted: dict[tuple[int, int], int] = {}  # (GPA, level) that is blocked to see who asks -> last node
+        self.last_node: dict[int, int] = {}  # GPA -> node that asked for it last, where that was not its own
+        self._leaves: tuple[dict[int, Mapping], dict[int, Mapping], dict[int, Mapping]] = ({}, {}, {})
         self._tables: dict[tuple[int, int], int] = {}  # (level of the entry that points to it, its GPA) -> page
         self.leaked_pages: list[int] = []
 
     # --- reading the mirror
     def lookup(self, gpa: int) -> Mapping | None:
         """The leaf that maps a GPA."""
-        large = self._leaves[1].get(gpa & ~(sept.level_size(1) - 1))
-        return large or self._leaves[0].get(gpa & ~(PAGE - 1))
+        small, large, gigantic = self._leaves
+        found = large.get(gpa & _MASK_2M) or small.get(gpa & _MASK_4K)
+        return found or (gigantic.get(gpa & _MASK_1G) if gigantic else None)
 
     def table_page(self, gpa: int, level: int) -> int | None:
         """The S-EPT page that the entry of `gpa` at `level` (1 to 4) leads to."""
@@ -77,12 +82,17 @@ class SecureEpt:
     @property
     def mapped_pages(self) -> int:
         """4 KiB pages mapped, counting large ones by their size."""
-        return len(self._leaves[0]) + 512 * len(self._leaves[1])
+        return sum(len(leaves) << 9 * level for level, leaves in enumerate(self._leaves))
 
     @property
     def huge_pages(self) -> int:
         """2 MiB mappings."""
         return len(self._leaves[1])
+
+    @property
+    def gigantic_pages(self) -> int:
+        """1 GiB mappings."""
+        return len(self._leaves[2])
 
     @property
     def table_pages(self) -> int:
@@ -91,7 +101,7 @@ class SecureEpt:
 
     def mappings(self) -> Iterable[tuple[int, Mapping]]:
         """All leaves by GPA."""
-        return [*self._leaves[0].items(), *self._leaves[1].items()]
+        return [item for leaves in self._leaves for item in leaves.items()]
 
     # --- inserting
     def add(self, lp: LogicalProcessor, gpa: int, hpa: int, source: int) -> None:
@@ -139,25 +149,33 @@ class SecureEpt:
     def zap(self, lp: LogicalProcessor, start: int, end: int, *, split: bool = True) -> None:
         """Remove all leaves in [start, end): block all, one TRACK and kick for all, remove all.
 
-        A 2 MiB leaf that reaches out of the range is split first.
+        With `split` a large leaf that reaches out of the range is split first. After a KvmError what was removed is
+        removed, and the rest is as it was.
         """
         if split:
-            for base in {start & ~(sept.level_size(1) - 1), (end - 1) & ~(sept.level_size(1) - 1)}:
-                if base in self._leaves[1] and not (start <= base and base + sept.level_size(1) <= end):
-                    self.demote(lp, base)
+            for level in (2, 1):
+                size = sept.level_size(level)
+                for base in {start & ~(size - 1), (end - 1) & ~(size - 1)}:
+                    if base in self._leaves[level] and not (start <= base and base + size <= end):
+                        self.demote(lp, base, level)
         doomed = list(self._in_range(start, end))
         if not doomed:
             return
         tdr = self._tdr
-        for gpa, mapping in doomed:
-            self._block(lp, gpa, mapping.level)
-        self.track(lp)
-        for gpa, mapping in doomed:
-            self._retry(lp, partial(sc.mem_page_remove, lp, tdr, gpa, mapping.level), Leaf.MEM_PAGE_REMOVE)
-            del self._leaves[mapping.level][gpa]
-            self.promotable.pop(gpa & ~(sept.level_size(1) - 1), None)
-            self._memory.take_from_tdx(mapping.hpa, 1 << 9 * mapping.level)
-            lp.zero_page(mapping.hpa, 1 << 9 * mapping.level)
+        with self._blocked(lp, [(gpa, mapping.level) for gpa, mapping in doomed]) as blocked:
+            for gpa, mapping in doomed:
+                call = partial(sc.mem_page_remove, lp, tdr, gpa, mapping.level)
+                self._retry(lp, call, Leaf.MEM_PAGE_REMOVE)
+                blocked.remove((gpa, mapping.level))
+                del self._leaves[mapping.level][gpa]
+                self._not_promotable(gpa)
+                self._memory.take_from_tdx(mapping.hpa, 1 << 9 * mapping.level)
+                lp.zero_page(mapping.hpa, 1 << 9 * mapping.level)
+
+    def _not_promotable(self, gpa: int) -> None:
+        if self.promotable:
+            for level in (1, 2):
+                self.promotable.pop((gpa & ~(sept.level_size(level) - 1), level), None)
 
     def track(self, lp: LogicalProcessor) -> None:
         """A new TLB epoch, and every vCPU out of the old one."""
@@ -169,79 +187,126 @@ class SecureEpt:
         self._kick()
 
     def _in_range(self, start: int, end: int) -> Iterable[tuple[int, Mapping]]:
-        for level in (1, 0):
+        for level in (2, 1, 0):
             size, leaves = sept.level_size(level), self._leaves[level]
             first = start & ~(size - 1)
+            if not leaves:
+                continue
             if (end - first) // size < len(leaves):
                 yield from ((gpa, leaves[gpa]) for gpa in range(first, end, size) if gpa in leaves)
             else:
                 yield from ((gpa, leaves[gpa]) for gpa in sorted(leaves) if first <= gpa < end)
 
-    # --- changing the size, moving
-    def demote(self, lp: LogicalProcessor, base: int) -> None:
-        """Split the 2 MiB leaf at `base` into 512. When that fails it is as it was."""
-        mapping = self._leaves[1][base]
+    # --- changing the size
+    def demote(self, lp: LogicalProcessor, base: int, level: int = 1) -> None:
+        """Split the 2 MiB (level 1) or 1 GiB (2) leaf at `base` into 512. When that fails it is as it was."""
+        mapping = self._leaves[level][base]
         page = self._memory.alloc()
         try:
-            with self._blocked(lp, [(base, 1)]) as blocked:
-                self._retry(lp, partial(sc.mem_page_demote, lp, self._tdr, base, 1, page), Leaf.MEM_PAGE_DEMOTE)
+            with self._blocked(lp, [(base, level)]) as blocked:
+                call = partial(sc.mem_page_demote, lp, self._tdr, base, level, page)
+                self._retry(lp, call, Leaf.MEM_PAGE_DEMOTE)
                 blocked.clear()
         except KvmError:
             self._memory.free(page)
             raise
-        self._tables[1, base] = page
+        self._tables[level, base] = page
         self._memory.give_to_tdx(page, "S-EPT")
-        del self._leaves[1][base]
+        del self._leaves[level][base]
+        self._not_promotable(base)
+        size = sept.level_size(level - 1)
         for i in range(_PARTS):
-            self._leaves[0][base + i * PAGE] = Mapping(mapping.hpa + i * PAGE, 0)
+            self._leaves[level - 1][base + i * size] = Mapping(mapping.hpa + i * size, level - 1)
 
-    def may_promote(self, base: int) -> bool:
+    def may_promote(self, base: int, level: int = 1) -> bool:
         """Whether 512 leaves map aligned, neighbouring pages from `base` on, as far as the mirror knows."""
-        leaves = self._leaves[0]
+        leaves, size = self._leaves[level - 1], sept.level_size(level - 1)
         first = leaves.get(base)
-        if first is None or first.hpa % sept.level_size(1):
+        if first is None or first.hpa % sept.level_size(level):
             return False
         return all(
-            (leaf := leaves.get(base + i * PAGE)) is not None and leaf.hpa == first.hpa + i * PAGE
+            (leaf := leaves.get(base + i * size)) is not None and leaf.hpa == first.hpa + i * size
             for i in range(_PARTS - 1, 0, -1)
         )
 
-    def promote(self, lp: LogicalProcessor, base: int, *, pending: bool = False) -> bool:
-        """Merge the 512 leaves from `base` on. False when the TD has not accepted all of them yet.
+    def promote(self, lp: LogicalProcessor, base: int, level: int = 1, *, pending: bool = False) -> bool:
+        """Merge the 512 leaves from `base` on into one of `level`. False when not all of them are accepted yet.
 
         A range that is pending as a whole is merged only if `pending`: a TD that accepts it in small pages would have
         it split again.
         """
-        if not self.may_promote(base) or (not pending and self._is_pending(lp, base)):
+        if not self.may_promote(base, level) or (not pending and self._is_pending(lp, base, level - 1)):
             return False
-        with self._blocked(lp, [(base, 1)]) as blocked:
-            call = partial(sc.mem_page_promote, lp, self._tdr, base, 1)
+        for gpa, below in [h for h in self.hinted if base <= h[0] < base + sept.level_size(level)]:
+            self.unhint(lp, gpa, below)
+        with self._blocked(lp, [(base, level)]) as blocked:
+            call = partial(sc.mem_page_promote, lp, self._tdr, base, level)
             status = self._retry(lp, call, Leaf.MEM_PAGE_PROMOTE, Status.EPT_INVALID_PROMOTE_CONDITIONS)
             if status is not Status.SUCCESS:
                 return False
             blocked.clear()
-        table = self._tables.pop((1, base))
+        self._take_table(lp, base, level)
+        leaves, size = self._leaves[level - 1], sept.level_size(level - 1)
+        hpa = leaves[base].hpa
+        for i in range(_PARTS):
+            del leaves[base + i * size]
+        self._leaves[level][base] = Mapping(hpa, level)
+        return True
+
+    def _take_table(self, lp: LogicalProcessor, base: int, level: int) -> None:
+        """An S-EPT page came back from the module."""
+        table = self._tables.pop((level, base))
         self._memory.take_from_tdx(table)
         lp.zero_page(table, 1)
         self._memory.free(table)
-        hpa = self._leaves[0][base].hpa
-        for i in range(_PARTS):
-            del self._leaves[0][base + i * PAGE]
-        self._leaves[1][base] = Mapping(hpa, 1)
-        return True
 
-    def _is_pending(self, lp: LogicalProcessor, gpa: int) -> bool:
-        """Whether the TD still has to accept a 4 KiB page: the one thing that the mirror cannot know."""
+    def _is_pending(self, lp: LogicalProcessor, gpa: int, level: int) -> bool:
+        """Whether the TD still has to accept a page: the one thing that the mirror cannot know."""
         regs = Registers()
 
         def read() -> Registers:
             nonlocal regs
-            regs = sc.mem_sept_rd(lp, self._tdr, gpa, 0)
+            regs = sc.mem_sept_rd(lp, self._tdr, gpa, level)
             return regs
 
         self._retry(lp, read, Leaf.MEM_SEPT_RD)
         return regs.rdx >> 8 & 0xFF == sept.PUBLIC_STATE[sept.SeptState.PENDING]
 
+    # --- watching, giving tables back
+    def hint(self, lp: LogicalProcessor, entries: Sequence[tuple[int, int]]) -> None:
+        """Block leaves, (GPA, level), so that the TD's next access exits and tells which processor it came from."""
+        new = [entry for entry in entries if entry not in self.hinted]
+        if not new:
+            return
+        with self._blocked(lp, new) as blocked:
+            blocked.clear()
+        self.hinted.update(dict.fromkeys(new, -1))
+
+    def unhint(self, lp: LogicalProcessor, gpa: int, level: int) -> None:
+        """Unblock such a leaf: the TD goes on."""
+        self._unblock(lp, {(gpa, level)}, tracked=True)
+        self.hinted.pop((gpa, level), None)
+
+    def drop_empty_tables(self, lp: LogicalProcessor) -> int:
+        """SEPT.REMOVE of the S-EPT pages that map nothing, lowest level first; returns how many came back."""
+        count = 0
+        for level in range(1, self._levels):
+            size = sept.level_size(level)
+            below = {gpa & ~(size - 1) for gpa in self._leaves[level - 1]} if level <= _LARGEST_LEAF else set()
+            below |= {gpa & ~(size - 1) for lower, gpa in self._tables if lower == level - 1}
+            empty = [(gpa, at) for at, gpa in self._tables if at == level and gpa not in below]
+            if not empty:
+                continue
+            with self._blocked(lp, empty) as blocked:
+                for gpa, _ in empty:
+                    call = partial(sc.mem_sept_remove, lp, self._tdr, gpa, level)
+                    self._retry(lp, call, Leaf.MEM_SEPT_REMOVE)
+                    blocked.remove((gpa, level))
+                    self._take_table(lp, gpa, level)
+                    count += 1
+        return count
+
+    # --- moving
     def relocate(
         self, lp: LogicalProcessor, moves: Sequence[tuple[int, int]], moved: Callable[[int, int], None]
     ) -> None:
@@ -279,6 +344,7 @@ class SecureEpt:
                 self._unblock(lp, blocked, tracked=tracked)
 
     def _block(self, lp: LogicalProcessor, gpa: int, level: int) -> None:
+        self.hinted.pop((gpa, level), None)
         call = partial(sc.mem_range_block, lp, self._tdr, gpa, level)
         self._retry(lp, call, Leaf.MEM_RANGE_BLOCK, Status.GPA_RANGE_ALREADY_BLOCKED)
 

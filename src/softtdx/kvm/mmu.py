@@ -8,15 +8,13 @@ import errno
 from enum import Enum, auto
 
 from softtdx.abi import sept
-from softtdx.abi.kvm import KvmExit
 from softtdx.hw import LogicalProcessor
-from softtdx.kvm.ept import Ept
 from softtdx.kvm.errors import KvmError
 from softtdx.kvm.memory import PAGE, PAGE_2M
 from softtdx.kvm.memslots import Memslot
 from softtdx.kvm.mirror import SecureEpt
+from softtdx.kvm.mm import UserPage
 from softtdx.kvm.page_moves import note_promotable
-from softtdx.kvm.uapi import MemoryFaultExit
 from softtdx.kvm.vcpu import Vcpu
 from softtdx.kvm.vm import Vm
 
@@ -24,6 +22,7 @@ __all__ = ["Fault", "map_private", "pre_fault_private", "private_fault", "shared
 
 
 _FAULT_AROUND = 32 * PAGE
+_TABLES = 32  # pages to reclaim when there is none for a table
 
 
 class Fault(Enum):
@@ -34,30 +33,106 @@ class Fault(Enum):
     USER = auto()  # user space has to change the attribute; kvm_run is set
 
 
-def shared_fault(vcpu: Vcpu, gpa: int) -> Fault:
-    """An access to shared (or an ordinary VM's) memory at `gpa`, shared bit stripped."""
+def shared_fault(vcpu: Vcpu, gpa: int, *, write: bool = False) -> Fault:
+    """An access to shared (or an ordinary VM's) memory at `gpa`, shared bit stripped.
+
+    The page is found without the MMU lock, because finding it may take reclaim; if the user memory changed
+    meanwhile nothing is mapped and the guest faults again (mmu_invalidate_retry).
+    """
     vm = vcpu.vm
     page = gpa & ~(PAGE - 1)
     with vm.mmu_lock:
         slot = vm.memslots.find(page)
-        if slot is None:
+        if slot is None or (write and slot.read_only):
             return Fault.NO_MEMORY
         if vm.private.is_private(page):
             return _tell_user(vcpu, page, private=False)
-        assert vm.ept is not None
-        if vm.ept.lookup(page) is None:
-            _map_around(vm, vm.ept, slot, page)
+        if _mapped_already(vm, slot, page, write=write):
+            return Fault.FIXED
+        sequence = vm.mmu_notifier.sequence
+        around = [] if slot.dirty_bitmap is not None else _unmapped_around(vm, slot, page)
+    user = _faultin(vcpu, slot.hva(page))
+    hinted = vm.mm.hinted
+    wanted = [at for at in around if slot.hva(at) not in hinted] if user.size == PAGE else []
+    others = [(at, vm.mm.get_page_nowait(slot.hva(at))) for at in wanted]
+    first, last = min([user.hva, *map(slot.hva, around)]), max([user.hva + user.size, *map(slot.hva, around)])
+    try:
+        with vm.mmu_lock:
+            stale = vm.memslots.find(page) is not slot or vm.private.is_private(page)
+            if stale or vm.mmu_notifier.retry(sequence, first, last):
+                return Fault.FIXED
+            if _map_shared(vm, slot, page, user, write=write):
+                vm.flush_tlbs()
+            for at, pa in others:
+                if pa is not None and not vm.private.is_private(at) and vm.ept is not None and not vm.ept.find(at):
+                    _map_small(vm, slot, at, pa)
+    except KvmError as error:
+        # There was no page for a table. The guest faults again, and finds what was mapped by then.
+        if error.errno != errno.ENOMEM or not vm.host.memory.reclaim(_TABLES):
+            raise
     return Fault.FIXED
 
 
-def _map_around(vm: Vm, ept: Ept, slot: Memslot, page: int) -> None:
-    """Map the shared page at `page` and those around it that are not mapped: one fault for many (fault-around)."""
+def _mapped_already(vm: Vm, slot: Memslot, page: int, *, write: bool) -> bool:
+    """A fault at a page that is mapped: watched, write-protected for the dirty log, or mapped by another vCPU since."""
+    assert vm.ept is not None
+    leaf = vm.ept.find(page)
+    if leaf is None:
+        return False
+    if leaf.watched:
+        vm.ept.restore(page)
+    if write and not leaf.writable:
+        if slot.read_only:
+            return False
+        vm.ept.make_writable(page, small=slot.dirty_bitmap is not None)
+        vm.mark_page_dirty(page)
+        vm.stats["write faults"] += 1
+    return True
+
+
+def _faultin(vcpu: Vcpu, hva: int) -> UserPage:
+    """The host page behind a user address. A page that NUMA hinting unmapped may first move to where the vCPU is."""
+    vm = vcpu.vm
+    if vm.mm.hinted and vcpu.cpu is not None:
+        vm.host.mm.numa.hinting_fault(vm.mm, hva, vcpu.cpu)
+    return vm.mm.get_user_page(hva)
+
+
+def _unmapped_around(vm: Vm, slot: Memslot, page: int) -> list[int]:
+    """The shared pages around `page` that are not mapped: one fault is enough for them (fault-around)."""
+    assert vm.ept is not None
     first = max(slot.gpa, page & ~(_FAULT_AROUND - 1))
     last = min(slot.end, (page | _FAULT_AROUND - 1) + 1)
-    for at in range(first, last, PAGE):
-        if at == page or (not vm.private.is_private(at) and ept.lookup(at) is None):
-            ept.map(at, vm.mm.get_page(slot.hva(at)))
-            vm.stats["shared pages mapped"] += 1
+    return [at for at in vm.ept.absent(first, last) if at != page and not vm.private.is_private(at)]
+
+
+def _map_shared(vm: Vm, slot: Memslot, page: int, user: UserPage, *, write: bool) -> bool:
+    """Map the page at the largest size that its backing, its slot and the frames' attributes allow.
+
+    True when tables were replaced by a large page. (Kernel: host_pfn_mapping_level, kvm_mmu_hugepage_adjust.)
+    """
+    assert vm.ept is not None
+    for level in (2, 1):
+        size = sept.level_size(level)
+        base = page & ~(size - 1)
+        if user.size < size or slot.hva(base) % size or not (slot.gpa <= base and base + size <= slot.end):
+            continue
+        if slot.dirty_bitmap is not None or not vm.private.all_shared(base, base + size):
+            continue
+        vm.stats["shared huge pages mapped"] += 1
+        return vm.ept.map(base, user.at(slot.hva(base)), level=level, writable=not slot.read_only)
+    _map_small(vm, slot, page, user.at(slot.hva(page)), write=write)
+    return False
+
+
+def _map_small(vm: Vm, slot: Memslot, page: int, pa: int, *, write: bool = False) -> None:
+    """Map 4 KiB. Where writes are logged it is writable only if this is one."""
+    assert vm.ept is not None
+    logged = slot.dirty_bitmap is not None
+    vm.ept.map(page, pa, writable=not slot.read_only and (write or not logged))
+    vm.stats["shared pages mapped"] += 1
+    if logged and write:
+        vm.mark_page_dirty(page)
 
 
 def private_fault(
@@ -69,18 +144,35 @@ def private_fault(
     """
     vm = vcpu.vm
     page = gpa & ~(PAGE - 1)
-    with vm.mmu_lock:
-        slot = vm.memslots.find(page)
-        if slot is None or slot.guest_memfd is None:
-            return Fault.NO_MEMORY
-        if not vm.private.is_private(page):
-            return _tell_user(vcpu, page, private=True)
-        mapping = secure.lookup(page)
-        if mapping is None:
-            map_private(vm, lp, secure, slot, page, level)
-        elif accept and level < mapping.level:
-            secure.demote(lp, page & ~(PAGE_2M - 1))
-            vm.stats["demotions"] += 1
+    try:
+        with vm.mmu_lock:
+            return _private_fault(vcpu, lp, secure, page, level, accept=accept)
+    except KvmError as error:
+        # Reclaim takes pages of other VMs, so not with this one's lock held. Then the guest faults again.
+        if error.errno != errno.ENOMEM or not vm.host.memory.reclaim(_TABLES):
+            raise
+    return Fault.FIXED
+
+
+def _private_fault(
+    vcpu: Vcpu, lp: LogicalProcessor, secure: SecureEpt, page: int, level: int, *, accept: bool
+) -> Fault:
+    vm = vcpu.vm
+    slot = vm.memslots.find(page)
+    if slot is None or slot.guest_memfd is None:
+        return Fault.NO_MEMORY
+    if not vm.private.is_private(page):
+        return _tell_user(vcpu, page, private=True)
+    mapping = secure.lookup(page)
+    if mapping is None:
+        map_private(vm, lp, secure, slot, page, level)
+        return Fault.FIXED
+    base = page & ~(mapping.size - 1)
+    if (base, mapping.level) in secure.hinted:
+        vm.host.mm.numa.private_hinting_fault(vm, lp, secure, base, mapping)
+    elif accept and level < mapping.level:
+        secure.demote(lp, base, mapping.level)
+        vm.stats["demotions"] += 1
     return Fault.FIXED
 
 
@@ -103,7 +195,10 @@ def map_private(vm: Vm, lp: LogicalProcessor, secure: SecureEpt, slot: Memslot, 
             huge = slot.guest_memfd.get_huge_page(slot.file_offset(base) // PAGE)
             if huge is not None:
                 vm.stats["huge pages mapped"] += 1
-                return secure.aug(lp, base, huge, 1)
+                done = secure.aug(lp, base, huge, 1)
+                if slot.guest_memfd.page_size > PAGE_2M:
+                    note_promotable(secure, base, 2)
+                return done
     page = slot.guest_memfd.get_page(slot.file_offset(gpa) // PAGE)
     vm.stats["private pages mapped"] += 1
     done = secure.aug(lp, gpa, page, 0)
@@ -112,18 +207,15 @@ def map_private(vm: Vm, lp: LogicalProcessor, secure: SecureEpt, slot: Memslot, 
 
 
 def _tell_user(vcpu: Vcpu, gpa: int, *, private: bool) -> Fault:
-    vcpu.kvm_run.memory_fault = MemoryFaultExit(gpa, PAGE, private)
-    vcpu.exit_to_user(KvmExit.MEMORY_FAULT)
+    vcpu.exit_for_memory(gpa, PAGE, private=private)
     return Fault.USER
 
 
 def walk_guest(vm: Vm, cr3: int, address: int) -> int:
     """The GPA behind a linear address of an ordinary VM in long mode. EFAULT when it does not translate."""
-    assert vm.ept is not None
     table = cr3 & sept.HPA_MASK
     for shift in (39, 30, 21, 12):
-        hpa = vm.ept.lookup(table)
-        entry = 0 if hpa is None else vm.host.memory.rd64(hpa + (address >> shift & 0x1FF) * 8)
+        entry = int.from_bytes(vm.read_guest(table + (address >> shift & 0x1FF) * 8, 8), "little")
         if not entry & 1:
             raise KvmError(errno.EFAULT, f"guest address {address:#x} is not mapped")
         if shift == 12 or (entry & sept.LEAF and shift < 39):

@@ -5,9 +5,10 @@ TD's key. Large pages are split for it, since RELOCATE takes 4 KiB pages only, a
 together. The caller holds the VM's MMU lock and runs on a processor.
 """
 
+from softtdx.abi import sept
 from softtdx.hw import LogicalProcessor
 from softtdx.kvm.errors import KvmError
-from softtdx.kvm.memory import PAGE, PAGE_2M
+from softtdx.kvm.memory import PAGE, PAGE_1G, PAGE_2M
 from softtdx.kvm.memslots import Memslot
 from softtdx.kvm.mirror import SecureEpt
 from softtdx.kvm.vm import Vm
@@ -15,6 +16,7 @@ from softtdx.kvm.vm import Vm
 __all__ = ["collapse", "migrate", "note_promotable", "promote_ready"]
 
 _HUGE = PAGE_2M // PAGE
+_LEVEL_1G = 2
 _ATTEMPTS = 3  # of merging a range; each costs a TLB epoch
 
 
@@ -26,6 +28,11 @@ def migrate(
     Returns how many 4 KiB pages moved. KvmError(ENOMEM) when there is no room: what has moved by then stays moved.
     """
     count = 0
+    for base in range(start & ~(PAGE_1G - 1), end, PAGE_1G):
+        leaf = secure.lookup(base)
+        if leaf is not None and leaf.level == _LEVEL_1G:
+            secure.demote(lp, base, _LEVEL_1G)
+            vm.stats["demotions"] += 1
     for base in range(start & ~(PAGE_2M - 1), end, PAGE_2M):
         mapping = secure.lookup(base)
         whole = start <= base and base + PAGE_2M <= end
@@ -61,14 +68,19 @@ def collapse(vm: Vm, lp: LogicalProcessor, secure: SecureEpt, base: int) -> bool
         vm.stats["pages relocated"] += _move(vm, lp, secure, gpas, [block + i * PAGE for i in range(_HUGE)])
     merged = secure.promote(lp, base)
     vm.stats["promotions"] += merged
+    if merged:
+        note_promotable(secure, base, _LEVEL_1G)
     return merged
 
 
-def note_promotable(secure: SecureEpt, gpa: int) -> None:
-    """A small page was mapped: once the TD has accepted it, the large page that it completes can be merged."""
-    base = gpa & ~(PAGE_2M - 1)
-    if secure.may_promote(base):
-        secure.promotable[base] = 0
+def note_promotable(secure: SecureEpt, gpa: int, level: int = 1) -> None:
+    """A page was mapped: once the TD has accepted it, the page of the next size that it completes can be merged.
+
+    PAGE.AUG gives 4 KiB and 2 MiB only: a page of 1 GiB (level 2) is always a merger of 512 of 2 MiB.
+    """
+    base = gpa & ~(sept.level_size(level) - 1)
+    if secure.may_promote(base, level):
+        secure.promotable[base, level] = 0
 
 
 def promote_ready(vm: Vm, lp: LogicalProcessor, secure: SecureEpt) -> None:
@@ -76,11 +88,11 @@ def promote_ready(vm: Vm, lp: LogicalProcessor, secure: SecureEpt) -> None:
 
     So is one that the module refuses to merge: the TD does as well with small pages, unless they stay blocked.
     """
-    for base, attempts in list(secure.promotable.items()):
+    for (base, level), attempts in list(secure.promotable.items()):
         try:
-            merged = secure.promote(lp, base)
+            merged = secure.promote(lp, base, level)
         except KvmError:
-            del secure.promotable[base]
+            secure.promotable.pop((base, level), None)
             vm.stats["promotions refused"] += 1
             if vm.dead:
                 raise
@@ -88,9 +100,11 @@ def promote_ready(vm: Vm, lp: LogicalProcessor, secure: SecureEpt) -> None:
         if merged:
             vm.stats["promotions"] += 1
         elif attempts + 1 < _ATTEMPTS:
-            secure.promotable[base] = attempts + 1
+            secure.promotable[base, level] = attempts + 1
             continue
-        del secure.promotable[base]
+        secure.promotable.pop((base, level), None)
+        if merged and level < _LEVEL_1G:
+            note_promotable(secure, base, level + 1)
 
 
 def _targets(vm: Vm, count: int, within: tuple[int, int] | None) -> list[int]:
@@ -124,8 +138,8 @@ def _move(vm: Vm, lp: LogicalProcessor, secure: SecureEpt, gpas: list[int], page
         slot = _slot(vm, gpa)
         assert slot.guest_memfd is not None
         unused.discard(target[gpa])
-        slot.guest_memfd.replace(slot.file_offset(gpa) // PAGE, target[gpa])
-        memory.free(old)
+        if slot.guest_memfd.replace(slot.file_offset(gpa) // PAGE, target[gpa]) is not None:
+            memory.free(old)
 
     try:
         secure.relocate(lp, list(target.items()), moved)

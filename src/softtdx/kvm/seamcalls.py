@@ -212,6 +212,11 @@ def mem_page_relocate(lp: LogicalProcessor, tdr: int, gpa: int, page: int) -> Re
     return seamcall(lp, Leaf.MEM_PAGE_RELOCATE, rcx=gpa, rdx=tdr, r8=page)
 
 
+def mem_sept_remove(lp: LogicalProcessor, tdr: int, gpa: int, level: int) -> Registers:
+    """TDH.MEM.SEPT.REMOVE: the empty, blocked and tracked table behind the entry of `gpa` at `level`."""
+    return seamcall(lp, Leaf.MEM_SEPT_REMOVE, rcx=gpa | level, rdx=tdr)
+
+
 def mem_sept_rd(lp: LogicalProcessor, tdr: int, gpa: int, level: int) -> Registers:
     """TDH.MEM.SEPT.RD: RCX = the entry, RDX = level and state. KVM needs it for what the mirror cannot know."""
     return seamcall(lp, Leaf.MEM_SEPT_RD, rcx=gpa | level, rdx=tdr)

@@ -7,11 +7,18 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from softtdx.abi.ghci import VmcallLeaf, VmcallStatus
-from softtdx.abi.kvm import HC_MAP_GPA_RANGE, MAP_GPA_RANGE_ENCRYPTED, MAP_GPA_RANGE_PAGE_SZ_4K, KvmExit
+from softtdx.abi.kvm import (
+    EXIT_HYPERCALL_LONG_MODE,
+    HC_MAP_GPA_RANGE,
+    MAP_GPA_RANGE_ENCRYPTED,
+    MAP_GPA_RANGE_PAGE_SZ_4K,
+    SYSTEM_EVENT_TDX_FATAL,
+    KvmExit,
+)
 from softtdx.hw import Registers
 from softtdx.kvm import emulate
+from softtdx.kvm.eventfd import MMIO, PIO
 from softtdx.kvm.memory import PAGE
-from softtdx.kvm.uapi import FatalExit, HypercallExit, IoExit, MmioExit, TdxExit
 
 if TYPE_CHECKING:
     from softtdx.kvm.tdx_vcpu import TdxVcpu
@@ -20,8 +27,7 @@ __all__ = ["handle_tdvmcall"]
 
 _MAP_GPA_PART = 2 << 20  # converted in one go; then other work gets its turn
 _U32 = 0xFFFF_FFFF
-_FATAL_WITH_GPA = 1 << 63
-_INFO_LEAF_BASE = 0
+_INFO_LEAF_BASE, _INFO_LEAF_CALLS = 0, 1
 _FIRST_VECTOR, _LAST_VECTOR = 32, 255
 
 
@@ -63,12 +69,16 @@ def _io(vcpu: "TdxVcpu", regs: Registers) -> bool:
     if size not in (1, 2, 4) or write not in (0, 1) or port >= 1 << 16:
         regs.r10 = VmcallStatus.INVALID_OPERAND
         return True
-    access = IoExit(bool(write), size, port, regs.r15 & ((1 << 8 * size) - 1) if write else 0)
-    vcpu.vcpu.kvm_run.io = access
+    mask = (1 << 8 * size) - 1
+    value = regs.r15 & mask if write else 0
+    if write and vcpu.vcpu.vm.io_bus.write(PIO, port, size, value):
+        regs.r10 = VmcallStatus.SUCCESS
+        return True
+    access = vcpu.vcpu.kvm_run.io.put(bool(write), size, port, value)
 
     def complete() -> None:
         regs.r10 = VmcallStatus.SUCCESS
-        regs.r11 = access.value & ((1 << 8 * size) - 1) if not write else regs.r11
+        regs.r11 = access.value & mask if not write else regs.r11
 
     return vcpu.vcpu.exit_to_user(KvmExit.IO, complete)
 
@@ -81,8 +91,11 @@ def _mmio(vcpu: "TdxVcpu", regs: Registers) -> bool:
         regs.r10 = VmcallStatus.INVALID_OPERAND
         return True
     mask = (1 << 8 * size) - 1
-    access = MmioExit(bool(write), size, gpa & ~shared, regs.r15 & mask if write else 0)
-    vcpu.vcpu.kvm_run.mmio = access
+    value = regs.r15 & mask if write else 0
+    if write and vcpu.vcpu.vm.io_bus.write(MMIO, gpa & ~shared, size, value):
+        regs.r10 = VmcallStatus.SUCCESS
+        return True
+    access = vcpu.vcpu.kvm_run.mmio.put(bool(write), size, gpa & ~shared, value)
 
     def complete() -> None:
         regs.r10 = VmcallStatus.SUCCESS
@@ -92,17 +105,31 @@ def _mmio(vcpu: "TdxVcpu", regs: Registers) -> bool:
 
 
 def _rdmsr(vcpu: "TdxVcpu", regs: Registers) -> bool:
-    value = emulate.read_msr(vcpu.vcpu, regs.r12 & _U32)
+    value = vcpu.read_msr(regs.r12 & _U32)
     if value is None:
-        regs.r10 = VmcallStatus.INVALID_OPERAND
-    else:
-        regs.r10, regs.r11 = VmcallStatus.SUCCESS, value
+        return _unknown_msr(vcpu, regs, None)
+    regs.r10, regs.r11 = VmcallStatus.SUCCESS, value
     return True
 
 
 def _wrmsr(vcpu: "TdxVcpu", regs: Registers) -> bool:
-    known = emulate.write_msr(vcpu.vcpu, regs.r12 & _U32, regs.r13)
-    regs.r10 = VmcallStatus.SUCCESS if known else VmcallStatus.INVALID_OPERAND
+    if not vcpu.write_msr(regs.r12 & _U32, regs.r13):
+        return _unknown_msr(vcpu, regs, regs.r13)
+    regs.r10 = VmcallStatus.SUCCESS
+    return True
+
+
+def _unknown_msr(vcpu: "TdxVcpu", regs: Registers, value: int | None) -> bool:
+    """An error for the TD, unless user space wants to see it (KVM_CAP_X86_USER_SPACE_MSR)."""
+
+    def answered(error: bool, read: int | None) -> None:
+        regs.r10 = VmcallStatus.INVALID_OPERAND if error else VmcallStatus.SUCCESS
+        if not error and read is not None:
+            regs.r11 = read
+
+    if not vcpu.vcpu.msr_to_user(regs.r12 & _U32, value, answered):
+        return False
+    regs.r10 = VmcallStatus.INVALID_OPERAND
     return True
 
 
@@ -119,38 +146,48 @@ def _get_info(vcpu: "TdxVcpu", regs: Registers) -> bool:
         regs.r10 = VmcallStatus.SUCCESS
         regs.r11 = regs.r12 = regs.r13 = regs.r14 = 0
         return True
-    request = TdxExit(regs.r11, (regs.r12, regs.r13, regs.r14), VmcallStatus.INVALID_OPERAND)
-    return _to_user(vcpu, regs, request)
+    if regs.r12 != _INFO_LEAF_CALLS:
+        regs.r10 = VmcallStatus.INVALID_OPERAND
+        return True
+    return _to_user(vcpu, regs, (regs.r12,), VmcallStatus.SUCCESS)
 
 
 def _map_gpa(vcpu: "TdxVcpu", regs: Registers) -> bool:
     start, size, shared = regs.r12, regs.r13, vcpu.td.shared_bit
     top = shared << 1
-    if size == 0 or start >= top or start + size > top or bool(start & shared) != bool((start + size - 1) & shared):
-        regs.r10 = VmcallStatus.INVALID_OPERAND
-        return True
-    if start % PAGE or size % PAGE:
-        regs.r10 = VmcallStatus.ALIGN_ERROR
+    status = VmcallStatus.SUCCESS
+    if not vcpu.vcpu.vm.hypercall_exits >> HC_MAP_GPA_RANGE & 1:
+        status = VmcallStatus.SUBFUNC_UNSUPPORTED  # user space does not convert (KVM_CAP_EXIT_HYPERCALL)
+    elif size == 0 or start >= top or start + size > top or bool(start & shared) != bool((start + size - 1) & shared):
+        status = VmcallStatus.INVALID_OPERAND
+    elif start % PAGE or size % PAGE:
+        status = VmcallStatus.ALIGN_ERROR
+    if status:
+        regs.r10, regs.r11 = status, start
         return True
     _map_part(vcpu, regs, start, start + size)
     return False
 
 
 def _map_part(vcpu: "TdxVcpu", regs: Registers, start: int, end: int) -> None:
+    """Ask user space to convert a part; when it did, the next one, unless an interrupt waits for the TD."""
     shared = vcpu.td.shared_bit
     size = min(end - start, _MAP_GPA_PART)
     attributes = MAP_GPA_RANGE_PAGE_SZ_4K | (0 if start & shared else MAP_GPA_RANGE_ENCRYPTED)
-    request = HypercallExit(HC_MAP_GPA_RANGE, (start & ~shared, size // PAGE, attributes))
-    vcpu.vcpu.kvm_run.hypercall = request
+    request = vcpu.vcpu.kvm_run.hypercall
+    request.nr, request.args = HC_MAP_GPA_RANGE, (start & ~shared, size // PAGE, attributes, 0, 0, 0)
+    request.ret, request.flags = 0, EXIT_HYPERCALL_LONG_MODE
 
     def complete() -> None:
         if request.ret:
             regs.r10, regs.r11 = VmcallStatus.INVALID_OPERAND, start
-        elif start + size < end:
-            # The guest asks again for the rest: the GHCI allows a part at a time.
+        elif start + size == end:
+            regs.r10 = VmcallStatus.SUCCESS
+        elif vcpu.has_events():
+            # The guest takes the interrupt and asks again for the rest: the GHCI allows a part at a time.
             regs.r10, regs.r11 = VmcallStatus.RETRY, start + size
         else:
-            regs.r10 = VmcallStatus.SUCCESS
+            _map_part(vcpu, regs, start + size, end)
 
     vcpu.vcpu.exit_to_user(KvmExit.HYPERCALL, complete)
 
@@ -161,7 +198,7 @@ def _get_quote(vcpu: "TdxVcpu", regs: Registers) -> bool:
     if not gpa & shared or gpa % PAGE or size % PAGE or size == 0 or plain + size > shared:
         regs.r10 = VmcallStatus.INVALID_OPERAND
         return True
-    return _to_user(vcpu, regs, TdxExit(regs.r11, (plain, size), VmcallStatus.SUBFUNC_UNSUPPORTED))
+    return _to_user(vcpu, regs, (plain, size), VmcallStatus.SUBFUNC_UNSUPPORTED)
 
 
 def _event_notify(vcpu: "TdxVcpu", regs: Registers) -> bool:
@@ -169,27 +206,29 @@ def _event_notify(vcpu: "TdxVcpu", regs: Registers) -> bool:
     if not _FIRST_VECTOR <= vector <= _LAST_VECTOR:
         regs.r10 = VmcallStatus.INVALID_OPERAND
         return True
-    return _to_user(vcpu, regs, TdxExit(regs.r11, (vector,), VmcallStatus.SUBFUNC_UNSUPPORTED))
+    return _to_user(vcpu, regs, (vector,), VmcallStatus.SUBFUNC_UNSUPPORTED)
 
 
-def _to_user(vcpu: "TdxVcpu", regs: Registers, request: TdxExit) -> bool:
-    vcpu.vcpu.kvm_run.tdx = request
+def _to_user(vcpu: "TdxVcpu", regs: Registers, data: tuple[int, ...], status: VmcallStatus) -> bool:
+    """KVM_EXIT_TDX. `status` is what the TD gets from a user space that does nothing."""
+    leaf = regs.r11
+    request = vcpu.vcpu.kvm_run.tdx.put(leaf, data, status)
 
     def complete() -> None:
         regs.r10 = request.ret
-        if request.nr == VmcallLeaf.GET_TDVMCALL_INFO:
-            regs.r11, regs.r12, regs.r13, regs.r14 = request.r11, request.r12, 0, 0
+        if leaf == VmcallLeaf.GET_TDVMCALL_INFO:
+            regs.r11, regs.r12, regs.r13, regs.r14 = request.data[1:]
 
     return vcpu.vcpu.exit_to_user(KvmExit.TDX, complete)
 
 
 def _fatal(vcpu: "TdxVcpu", regs: Registers) -> bool:
-    text = b"".join(
-        value.to_bytes(8, "little")
-        for value in (regs.r14, regs.r15, regs.rbx, regs.rdi, regs.rsi, regs.r8, regs.r9, regs.rdx)
-    )
-    gpa = regs.r13 if regs.r12 & _FATAL_WITH_GPA else 0
-    vcpu.vcpu.kvm_run.fatal = FatalExit(regs.r12 & _U32, text.split(b"\0", 1)[0], gpa)
+    event = vcpu.vcpu.kvm_run.system_event
+    event.type, event.ndata = SYSTEM_EVENT_TDX_FATAL, 16
+    low = (regs.rax, regs.rcx, regs.rdx, regs.rbx, 0, 0, regs.rsi, regs.rdi)
+    event.data = (
+        *low, regs.r8, regs.r9, regs.r10, regs.r11, regs.r12, regs.r13, regs.r14, regs.r15,
+    )  # fmt: skip
     return vcpu.vcpu.exit_to_user(KvmExit.SYSTEM_EVENT)
 
 

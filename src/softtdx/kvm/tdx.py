@@ -34,10 +34,12 @@ __all__ = ["TdState", "TdxVm", "capabilities"]
 
 _SUPPORTED_ATTRIBUTES = TdAttributes.DEBUG | TdAttributes.SEPT_VE_DISABLE | TdAttributes.PKS | TdAttributes.MIGRATABLE
 _SUPPORTED_XFAM = 0x3  # the state that the simulated processor keeps: x87 and SSE
+_USER_TDVMCALLS = 1 << 0 | 1 << 1  # GetQuote, SetupEventNotifyInterrupt: they go to user space
 _TSC_UNIT = 25_000_000
 _TSC_LIMITS = range(4, 401)
 _ADDRESS_LEAF = 0x8000_0008
 _GPA_BITS = 0xFF << 16  # of EAX of that leaf: how user space chooses the GPA width
+_TSX_EBX, _WAITPKG_ECX = 1 << 4 | 1 << 11, 1 << 5  # of leaf 7
 _LEVELS_OF_52_BITS = 5
 _SHARED_BIT = {4: 1 << 47, 5: 1 << 51}
 
@@ -57,23 +59,30 @@ def capabilities(info: SysInfo) -> TdxCapabilities:
             row.leaf,
             row.subleaf,
             row.eax | _GPA_BITS if row.leaf == _ADDRESS_LEAF else row.eax,
-            row.ebx,
-            row.ecx,
+            row.ebx & ~_TSX_EBX if (row.leaf, row.subleaf) == (7, 0) else row.ebx,
+            row.ecx & ~_WAITPKG_ECX if (row.leaf, row.subleaf) == (7, 0) else row.ecx,
             row.edx,
         )
         for row in info.cpuid_config
     )
     return TdxCapabilities(
+        user_tdvmcallinfo=(_USER_TDVMCALLS, 0),
         supported_attrs=_SUPPORTED_ATTRIBUTES & info.attributes_fixed0 | info.attributes_fixed1,
         supported_xfam=_SUPPORTED_XFAM & info.xfam_fixed0 | info.xfam_fixed1,
         cpuid=cpuid,
     )
 
 
+def _is_unsupported(entry: CpuidEntry) -> bool:
+    """TSX and WAITPKG: features that need MSRs which this KVM does not switch for a TD."""
+    return (entry.function, entry.index) == (7, 0) and bool(entry.ebx & _TSX_EBX or entry.ecx & _WAITPKG_ECX)
+
+
 class TdxVm(VmOps):
     """The TDX half of a VM."""
 
     has_private_memory = True
+    max_vcpus = 256  # more than there are processors makes no sense on hardware, here it is allowed
 
     def __init__(self, vm: "Vm") -> None:
         """KVM_CREATE_VM of type KVM_X86_TDX_VM: nothing of TDX is used yet."""
@@ -95,6 +104,12 @@ class TdxVm(VmOps):
     def shared_bit(self) -> int:
         """GPA bit 47 or 51; 0 before KVM_TDX_INIT_VM."""
         return _SHARED_BIT[self.levels] if self.state is not TdState.UNINITIALIZED else 0
+
+    @property
+    def secure_ept(self) -> SecureEpt | None:
+        """The S-EPT's mirror, between KVM_TDX_INIT_VM and the loss of the KeyID."""
+        gone = self.state is TdState.UNINITIALIZED or self.hkid is None or self.vm.closed
+        return None if gone else self.secure
 
     def vcpu_create(self, vcpu: Vcpu) -> VcpuOps:
         """KVM_CREATE_VCPU: EIO before KVM_TDX_INIT_VM, as in the kernel."""
@@ -152,7 +167,7 @@ class TdxVm(VmOps):
             self._reclaim_control_pages()
             raise
         self.levels = levels
-        self.attributes, self.xfam = params.attributes, params.xfam
+        self.attributes, self.xfam = td_params.attributes, td_params.xfam
         self.state = TdState.INITIALIZED
         self.vm.memslots.max_gpa = self.shared_bit
         self.vm.ept = Ept(memory, levels=levels, shared_bit=self.shared_bit)
@@ -160,9 +175,9 @@ class TdxVm(VmOps):
 
     def _td_params(self, init: TdxInitVm) -> tuple[TdParams, int]:
         caps, info = capabilities(self.tdx.sysinfo), self.tdx.sysinfo
-        if init.attributes & ~caps.supported_attrs or ~init.attributes & info.attributes_fixed1:
+        if init.attributes & ~caps.supported_attrs:
             raise KvmError(errno.EINVAL, f"TD attributes {init.attributes:#x}, supported are {caps.supported_attrs:#x}")
-        if init.xfam & ~caps.supported_xfam or ~init.xfam & info.xfam_fixed1:
+        if init.xfam & ~caps.supported_xfam:
             raise KvmError(errno.EINVAL, f"XFAM {init.xfam:#x}, supported is {caps.supported_xfam:#x}")
         for name in ("mrconfigid", "mrowner", "mrownerconfig"):
             if len(getattr(init, name)) != 48:
@@ -173,17 +188,21 @@ class TdxVm(VmOps):
         if width not in (0, 48, 52):
             raise KvmError(errno.EINVAL, f"{width} guest-physical address bits; 48 or 52 are possible")
         levels = _LEVELS_OF_52_BITS if width == 52 else 4
+        configurable = {(row.leaf, row.subleaf) for row in info.cpuid_config} | {(_ADDRESS_LEAF, None)}
+        for entry in init.cpuid:
+            if (entry.function, entry.index) not in configurable or _is_unsupported(entry):
+                raise KvmError(errno.EINVAL, f"CPUID {entry.function:#x}, {entry.index} cannot be chosen for a TD")
         for slot, row in zip(params.cpuid_config, info.cpuid_config, strict=False):
-            entry = chosen.get((row.leaf, row.subleaf))
-            if entry is not None:
-                eax = entry.eax & ~_GPA_BITS if row.leaf == _ADDRESS_LEAF else entry.eax
-                values = (eax, entry.ebx, entry.ecx, entry.edx)
+            choice = chosen.get((row.leaf, row.subleaf))
+            if choice is not None:
+                eax = choice.eax & ~_GPA_BITS if row.leaf == _ADDRESS_LEAF else choice.eax
+                values = (eax, choice.ebx, choice.ecx, choice.edx)
                 masks = (row.eax, row.ebx, row.ecx, row.edx)
                 slot.eax, slot.ebx, slot.ecx, slot.edx = (v & m for v, m in zip(values, masks, strict=True))
-        ticks = round(self.vm.host.platform.description.tsc_hz / _TSC_UNIT)
+        ticks = round(self.vm.tsc_khz * 1000 / _TSC_UNIT)
         if ticks not in _TSC_LIMITS:
             raise KvmError(errno.EINVAL, f"a TD cannot have a TSC of {ticks * _TSC_UNIT} Hz")
-        params.attributes, params.xfam = init.attributes, init.xfam
+        params.attributes, params.xfam = init.attributes | info.attributes_fixed1, init.xfam | info.xfam_fixed1
         params.max_vcpus = min(info.max_vcpus_per_td, self.max_vcpus)
         params.eptp_controls = EPTP_MT_WB | (EPTP_WALK_5 if levels == 5 else EPTP_WALK_4)
         params.config_flags = ConfigFlags.NO_RBP_MOD | (ConfigFlags.GPAW_52 if levels == 5 else 0)
@@ -191,14 +210,9 @@ class TdxVm(VmOps):
         params.mrconfigid, params.mrowner, params.mrownerconfig = init.mrconfigid, init.mrowner, init.mrownerconfig
         return params, levels
 
-    @property
-    def max_vcpus(self) -> int:
-        """VCPUs that a TD may have: more than there are processors makes no sense on hardware, here it is allowed."""
-        return 256
-
     def _finalize(self) -> None:
-        if self.state is not TdState.INITIALIZED or not self.vm.vcpus:
-            raise KvmError(errno.EINVAL, "KVM_TDX_FINALIZE_VM before the TD and a vCPU are initialised, or twice")
+        if self.state is not TdState.INITIALIZED:
+            raise KvmError(errno.EINVAL, "KVM_TDX_FINALIZE_VM before KVM_TDX_INIT_VM, or twice")
         with self.vm.host.cpus.run() as lp:
             sc.mr_finalize(lp, self.require_tdr())
         self.state = TdState.RUNNABLE
@@ -227,7 +241,7 @@ class TdxVm(VmOps):
 
     def zap_private(self, start: int, end: int) -> None:
         """Remove what is mapped in the range; KVM_BUG_ON if the module refuses."""
-        if self.state is TdState.UNINITIALIZED or self.hkid is None:
+        if self.secure_ept is None:
             return
         with self.vm.host.cpus.run() as lp:
             try:
@@ -240,7 +254,7 @@ class TdxVm(VmOps):
         """BLOCK, TRACK and RELOCATE of what is mapped in the range."""
         from softtdx.kvm.page_moves import migrate
 
-        if self.state is TdState.UNINITIALIZED or self.hkid is None:
+        if self.secure_ept is None:
             return 0
         with self.vm.host.cpus.run() as lp:
             return migrate(self.vm, lp, self.secure, start, end, within)
@@ -249,7 +263,7 @@ class TdxVm(VmOps):
         """RELOCATE into one block, where the pages are not in one, and PROMOTE."""
         from softtdx.kvm.page_moves import collapse
 
-        if self.state is TdState.UNINITIALIZED or self.hkid is None:
+        if self.secure_ept is None:
             return False
         with self.vm.host.cpus.run() as lp:
             return collapse(self.vm, lp, self.secure, base)

@@ -97,6 +97,7 @@ class TdxHost:
         self.tdmrs: list[Tdmr] = []
         self.global_keyid = 0
         self._free_keyids: list[int] = []
+        self._lps_initialized: set[int] = set()
 
     # --- KeyIDs
     def alloc_keyid(self) -> int:
@@ -115,9 +116,15 @@ class TdxHost:
         """How many TDs could still be created."""
         return len(self._free_keyids)
 
+    @property
+    def keyids_in_use(self) -> int:
+        """How many TDs have one (nr_configured_hkid)."""
+        return len(self.platform.description.private_keyids) - 1 - self.free_keyids
+
     # --- enabling
     def enable(self, release: ModuleRelease) -> None:
         """Do every step. TdxUnavailableError names the first that fails; a half-initialised module stays unusable."""
+        self._require_all_processors()
         try:
             self._step("SEAM loader launched", self._launch_loader)
             self._step("TDX module installed", lambda: self._install(release))
@@ -134,8 +141,9 @@ class TdxHost:
 
         KvmError(EBUSY) while a TD exists. Pages that a TD had leaked are recovered too: their owner is gone.
         """
-        if self.free_keyids != len(self.platform.description.private_keyids) - 1:
+        if self.keyids_in_use:
             raise KvmError(errno.EBUSY, "TDX cannot be shut down while a TD has a KeyID")
+        self._require_all_processors()
         for lp in reversed(self.cpus.lps):  # the processor that launched the loader comes last
             regs = self.cpus.call_on(lp.index, lambda cpu: cpu.seamcall(Registers(rax=SeamldrLeaf.SHUTDOWN)))
             if regs.rax:
@@ -148,6 +156,18 @@ class TdxHost:
             self.memory.take_from_tdx(page)
             self.memory.free(page)
         self.tdmrs.clear()
+
+    def _require_all_processors(self) -> None:
+        """The loader counts the processors of the machine: each must call it, and TDH.SYS.CONFIG waits for each."""
+        offline = [lp.index for lp in self.cpus.lps if not self.cpus.is_online(lp.index)]
+        if offline:
+            raise TdxUnavailableError(f"processor {offline[0]} is offline; TDX needs all of them online: cpu_up it")
+
+    def cpu_enable(self, index: int) -> None:
+        """TDH.SYS.LP.INIT on a processor, once for as long as the module is loaded (tdx_cpu_enable)."""
+        if index not in self._lps_initialized:
+            self.cpus.call_on(index, sc.sys_lp_init)
+            self._lps_initialized.add(index)
 
     def _step(self, name: str, action: "_Action") -> None:
         start = perf_counter()
@@ -189,7 +209,7 @@ class TdxHost:
         with self.cpus.run() as lp:
             sc.sys_init(lp)
         for lp in self.cpus.lps:
-            self.cpus.call_on(lp.index, sc.sys_lp_init)
+            self.cpu_enable(lp.index)
         self.sysinfo = self._read_sysinfo()
 
     def _configure(self) -> None:

@@ -1,29 +1,26 @@
-"""What crosses /dev/kvm: arguments of the ioctls and struct kvm_run, as Python values.
+"""What crosses /dev/kvm: arguments of the ioctls as Python values, and struct kvm_run.
 
-Numbers are in `softtdx.abi.kvm`. Names follow Documentation/virt/kvm/api.rst and x86/intel-tdx.rst; a VMM calls
-methods instead of ioctl(2), and an errno comes as KvmError.
+A VMM in Python calls methods instead of ioctl(2), and an errno comes as KvmError. Numbers are in `softtdx.abi.kvm`, the
+bytes of the same structures in `softtdx.abi.kvm_structs` and `kvm_run`; `ioctl_structs` turns one into the other.
 """
 
 from dataclasses import dataclass, field
 
-from softtdx.abi.kvm import KvmExit
+from softtdx.abi.kvm_run import (
+    FatalExit,
+    HypercallExit,
+    IoExit,
+    KvmRun,
+    MemoryFaultExit,
+    MmioExit,
+    MsrExit,
+    TdxExit,
+)
 
 __all__ = [
-    "CpuidEntry",
-    "FatalExit",
-    "HypercallExit",
-    "IoExit",
-    "KvmRun",
-    "MemoryFaultExit",
-    "MmioExit",
-    "Regs",
-    "Segment",
-    "Sregs",
-    "TdxCapabilities",
-    "TdxExit",
-    "TdxInitMemRegion",
-    "TdxInitVm",
-]
+    "CpuidEntry", "FatalExit", "HypercallExit", "IoExit", "KvmRun", "MemoryFaultExit", "MmioExit", "MsrExit", "Regs",
+    "Segment", "Sregs", "TdxCapabilities", "TdxExit", "TdxInitMemRegion", "TdxInitVm",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -40,16 +37,22 @@ class CpuidEntry:
 
 @dataclass(frozen=True)
 class TdxCapabilities:
-    """struct kvm_tdx_capabilities; in `cpuid` the bits that may be configured are set."""
+    """struct kvm_tdx_capabilities; in `cpuid` the bits that may be configured are set.
+
+    The last four say which TDVMCALLs beyond the GHCI's base KVM itself, or user space through it, can answer: R11 and
+    R12 of TDG.VP.VMCALL<GetTdVmCallInfo> leaf 1.
+    """
 
     supported_attrs: int
     supported_xfam: int
     cpuid: tuple[CpuidEntry, ...]
+    kernel_tdvmcallinfo: tuple[int, int] = (0, 0)
+    user_tdvmcallinfo: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
 class TdxInitVm:
-    """struct kvm_tdx_init_vm."""
+    """struct kvm_tdx_init_vm. Without the CPUID leaf that names the GPA width, it is 48 bits."""
 
     attributes: int = 0
     xfam: int = 3
@@ -59,9 +62,9 @@ class TdxInitVm:
     cpuid: tuple[CpuidEntry, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass
 class TdxInitMemRegion:
-    """struct kvm_tdx_init_mem_region; `measure` is KVM_TDX_MEASURE_MEMORY_REGION."""
+    """struct kvm_tdx_init_mem_region; `measure` is KVM_TDX_MEASURE_MEMORY_REGION. On return it says what is left."""
 
     source_addr: int
     gpa: int
@@ -69,80 +72,7 @@ class TdxInitMemRegion:
     measure: bool = True
 
 
-# --- struct kvm_run
-@dataclass
-class IoExit:
-    """KVM_EXIT_IO: one access. User space puts the value read into `value`."""
-
-    write: bool
-    size: int
-    port: int
-    value: int = 0
-
-
-@dataclass
-class MmioExit:
-    """KVM_EXIT_MMIO."""
-
-    write: bool
-    size: int
-    gpa: int
-    value: int = 0
-
-
-@dataclass
-class HypercallExit:
-    """KVM_EXIT_HYPERCALL: for a TD KVM_HC_MAP_GPA_RANGE (gpa, pages, attributes). `ret` goes back."""
-
-    nr: int
-    args: tuple[int, ...]
-    ret: int = 0
-
-
-@dataclass
-class TdxExit:
-    """KVM_EXIT_TDX: a TDVMCALL left to user space; `nr` its leaf, `data` its operands, `ret` the status to give."""
-
-    nr: int
-    data: tuple[int, ...]
-    ret: int
-    r11: int = 0
-    r12: int = 0
-
-
-@dataclass
-class FatalExit:
-    """KVM_EXIT_SYSTEM_EVENT of type KVM_SYSTEM_EVENT_TDX_FATAL: the registers of ReportFatalError."""
-
-    error: int
-    message: bytes
-    gpa: int
-
-
-@dataclass
-class MemoryFaultExit:
-    """KVM_EXIT_MEMORY_FAULT: user space has to change the attributes of, or back, this range."""
-
-    gpa: int
-    size: int
-    private: bool
-
-
-@dataclass
-class KvmRun:
-    """struct kvm_run: why KVM_RUN returned. The member for `exit_reason` is set, the others are stale."""
-
-    exit_reason: KvmExit = KvmExit.UNKNOWN
-    io: IoExit | None = None
-    mmio: MmioExit | None = None
-    hypercall: HypercallExit | None = None
-    tdx: TdxExit | None = None
-    fatal: FatalExit | None = None
-    memory_fault: MemoryFaultExit | None = None
-    detail: str = ""
-
-
-# --- register state of an ordinary VM
+# --- the registers of a vCPU
 @dataclass
 class Segment:
     """struct kvm_segment, with the access rights as the VMCS has them (SDM 25.4.1)."""
@@ -155,7 +85,7 @@ class Segment:
 
 @dataclass
 class Sregs:
-    """struct kvm_sregs2, as far as it is used."""
+    """struct kvm_sregs and kvm_sregs2. `apic_base` None leaves IA32_APIC_BASE alone."""
 
     cs: Segment = field(default_factory=Segment)
     ds: Segment = field(default_factory=Segment)
@@ -170,9 +100,13 @@ class Sregs:
     idt_base: int = 0
     idt_limit: int = 0xFFFF
     cr0: int = 0
+    cr2: int = 0
     cr3: int = 0
     cr4: int = 0
+    cr8: int = 0
     efer: int = 0
+    apic_base: int | None = None
+    pending_interrupt: int | None = None  # struct kvm_sregs.interrupt_bitmap
 
 
 @dataclass

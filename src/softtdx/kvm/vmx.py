@@ -5,25 +5,29 @@ the host exit; CPUID, I/O, HLT, and the MSRs outside the bitmap are emulated.
 """
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from softtdx.abi import vmcs
 from softtdx.abi.exits import ExitReason
 from softtdx.abi.kvm import KvmExit
+from softtdx.abi.kvm_run import KvmRun
+from softtdx.abi.kvm_structs import VcpuEventsStruct
 from softtdx.abi.msrs import Msr
-from softtdx.abi.vmcs import AR_LDT, AR_TSS_BUSY, AR_UNUSABLE, EntryControls, ExitControls, PinBased, Primary, Secondary
-from softtdx.abi.vmcs_field import VmcsField
+from softtdx.abi.vmcs import EntryControls, ExitControls, PinBased, Primary, Secondary
 from softtdx.hw import LogicalProcessor
 from softtdx.hw.faults import VmFail
-from softtdx.kvm import emulate
+from softtdx.kvm import emulate, lapic_state, vmx_msrs
+from softtdx.kvm import vmx_registers as registers
 from softtdx.kvm.ept import Ept
 from softtdx.kvm.errors import KvmError
+from softtdx.kvm.eventfd import MMIO, PIO
 from softtdx.kvm.lapic import NOTIFICATION_VECTOR
 from softtdx.kvm.memory import PAGE
 from softtdx.kvm.mmio import MAX_INSTRUCTION, MmioInstruction, decode_mmio
 from softtdx.kvm.mmu import Fault, shared_fault, walk_guest
-from softtdx.kvm.uapi import IoExit, MmioExit, Regs, Segment, Sregs
+from softtdx.kvm.uapi import Regs, Sregs
 from softtdx.kvm.vcpu import Vcpu
 from softtdx.kvm.vmx_state import XSTATE_KEPT, LeftInProcessor
 from softtdx.kvm.x86_ops import VcpuOps, VmOps
@@ -39,12 +43,12 @@ _U64 = (1 << 64) - 1
 _ENTRY_FAILURE = 1 << 31
 _CR0_PG = 1 << 31
 _EFER_LME, _EFER_LMA = 1 << 8, 1 << 10
-_EFER_BITS = 1 | _EFER_LME | _EFER_LMA | 1 << 11  # SCE, LME, LMA, NXE
 _CPUID_XSTATE = 0xD
 _X87 = 1  # of XCR0
 _CR4_VMXE = 1 << 13
 _DIRECTION = 1 << 10  # RFLAGS.DF
 _BLOCKED_BY_STI_OR_MOV_SS = 3
+_EPT_WRITE = 2  # of an EPT violation's exit qualification
 _MSR_BITMAP_OPEN = (  # the guest reads and writes these without an exit
     Msr.SYSENTER_CS, Msr.SYSENTER_ESP, Msr.SYSENTER_EIP,
     0xC000_0081, 0xC000_0082, 0xC000_0083, 0xC000_0084, 0xC000_0100, 0xC000_0101, 0xC000_0102, 0xC000_0103,
@@ -52,12 +56,11 @@ _MSR_BITMAP_OPEN = (  # the guest reads and writes these without an exit
 _MSR_BITMAP_READ = (Msr.X2APIC_TPR, Msr.X2APIC_PPR, *range(Msr.X2APIC_ISR0, Msr.X2APIC_ESR))  # from the virtual APIC
 _MSR_BITMAP_WRITE = (Msr.X2APIC_TPR, Msr.X2APIC_EOI, Msr.X2APIC_SELF_IPI)
 _IN_VMCS: dict[int, int] = {Msr.EFER: vmcs.GUEST_IA32_EFER, Msr.PAT: vmcs.GUEST_IA32_PAT}
-_PAT_RESET, _PAT_TYPES = 0x0007_0406_0007_0406, (0, 1, 4, 5, 6, 7)
 _PPR = 0xA0  # in the virtual-APIC page
 _VALID = 1 << 31  # of interruption information
 _VECTORING_UNDEFINED = 1 << 12
 _BLOCKED_BY_NMI = 8
-_SEGMENTS = ("es", "cs", "ss", "ds", "fs", "gs")
+_IF = 9  # of RFLAGS
 
 
 class VmxVm(VmOps):
@@ -102,11 +105,12 @@ class VmxVcpu(VcpuOps):
         self.sregs = Sregs()
         self.left = LeftInProcessor(memory)
         self.virtual_apic = memory.alloc(zero=True) if vcpu.apic is not None else 0
-        self._cpu: int | None = None
         self._launched = False
         self._set_up = False
         self._dirty = True
         self._reason = 0
+        self._shadowed = False
+        self._tsc_offset = 0
 
     # --- state
     def get_regs(self) -> Regs:
@@ -118,19 +122,135 @@ class VmxVcpu(VcpuOps):
         self.gprs, self.rip, self.rflags = list(regs.gprs), regs.rip, regs.rflags | 2
         self._dirty = True
 
+    def get_sregs(self) -> Sregs:
+        """KVM_GET_SREGS2."""
+        return registers.get_sregs(self)
+
     def set_sregs(self, sregs: Sregs) -> None:
         """KVM_SET_SREGS2."""
-        self.sregs = sregs
-        self._set_up = False
+        registers.set_sregs(self, sregs)
+
+    def get_fxsave(self) -> bytes:
+        """KVM_GET_XSAVE."""
+        with self.loaded():
+            return self.left.image()
+
+    def set_fxsave(self, image: bytes) -> None:
+        """KVM_SET_XSAVE."""
+        with self.loaded() as lp:
+            self.left.set_image(lp, image)
+
+    def get_xcr0(self) -> int:
+        """KVM_GET_XCRS."""
+        with self.loaded() as lp:
+            return lp.core.xcr0
+
+    def set_xcr0(self, value: int) -> None:
+        """KVM_SET_XCRS."""
+        if not value & 1 or value & ~XSTATE_KEPT:
+            raise KvmError(errno.EINVAL, f"XCR0 {value:#x}; {XSTATE_KEPT:#x} is what this processor has")
+        with self.loaded() as lp:
+            lp.core.xcr0 = value
+
+    def get_debugregs(self) -> tuple[int, ...]:
+        """KVM_GET_DEBUGREGS."""
+        with self.loaded() as lp:
+            return (*lp.core.dr, lp.core.vmread(vmcs.GUEST_DR7))
+
+    def set_debugregs(self, values: tuple[int, ...]) -> None:
+        """KVM_SET_DEBUGREGS."""
+        with self.loaded() as lp:
+            lp.core.dr = list(values[:5])
+            lp.core.vmwrite(vmcs.GUEST_DR7, values[5] | registers.DR7_FIXED)
+
+    def get_events(self) -> VcpuEventsStruct:
+        """KVM_GET_VCPU_EVENTS."""
+        return registers.get_events(self)
+
+    def set_events(self, events: VcpuEventsStruct) -> None:
+        """KVM_SET_VCPU_EVENTS."""
+        registers.set_events(self, events)
+
+    def get_lapic(self) -> bytes:
+        """KVM_GET_LAPIC."""
+        return lapic_state.get(self.vcpu, self.virtual_apic)
+
+    def set_lapic(self, page: bytes) -> None:
+        """KVM_SET_LAPIC."""
+        lapic_state.put(self.vcpu, self.virtual_apic, page)
+
+    def queue_interrupt(self, vector: int) -> None:
+        """KVM_INTERRUPT, for a VM whose interrupt controllers are user space's. ENXIO when they are not."""
+        if self.vcpu.apic is not None:
+            raise KvmError(errno.ENXIO, "KVM_INTERRUPT on a vCPU with a local APIC")
+        with self.loaded() as lp:
+            lp.core.vmwrite(vmcs.ENTRY_INTERRUPTION_INFO, _VALID | vector)
+
+    def translate(self, address: int) -> int | None:
+        """KVM_TRANSLATE."""
+        return registers.translate(self, address)
+
+    def read_msr(self, index: int) -> int | None:
+        """KVM_GET_MSRS."""
+        return vmx_msrs.read(self, index)
+
+    def write_msr(self, index: int, value: int) -> bool:
+        """KVM_SET_MSRS."""
+        return vmx_msrs.write(self, index, value)
+
+    def fill_run(self, run: KvmRun) -> None:
+        """IF, CR8 and what an injected interrupt needs."""
+        run.if_flag = self.rflags >> _IF & 1
+        apic = self.vcpu.apic
+        run.ready_for_interrupt_injection = int(apic is None and run.if_flag and not self._shadowed)
+        run.cr8 = registers.cr8(self)
+        run.apic_base = emulate.read_msr(self.vcpu, Msr.APIC_BASE) or 0
+
+    def pre_fault_memory(self, gpa: int, size: int) -> int:
+        """KVM_PRE_FAULT_MEMORY."""
+        done = 0
+        with self.vcpu.vm.host.cpus.run(self.vcpu.cpu):
+            while done < size and shared_fault(self.vcpu, gpa + done) is Fault.FIXED:
+                done += PAGE
+        if not done:
+            raise KvmError(errno.ENOENT, f"there is no memory at GPA {gpa:#x}")
+        return done
 
     # --- scheduling
     def load(self, lp: LogicalProcessor) -> None:
         """Make the VMCS current here, cleared first where it was."""
-        if self._cpu is not None and self._cpu != lp.index:
-            self.flush()
-        lp.core.vmptrld(self.vmcs)
-        self.left.load(lp)
-        self._cpu = lp.index
+        with self.vcpu.association:
+            if self._cpu is not None and self._cpu != lp.index:
+                self.flush()
+            lp.core.vmptrld(self.vmcs)
+            self.left.load(lp)
+            self._cpu = lp.index
+
+    @contextmanager
+    def loaded(self) -> Iterator[LogicalProcessor]:
+        """For an ioctl that looks at the state: on a processor, with everything in the VMCS and in the processor."""
+        with self.vcpu.vm.host.cpus.run(self._cpu) as lp:
+            self.load(lp)
+            self._prepare(lp)
+            yield lp
+
+    def _prepare(self, lp: LogicalProcessor) -> None:
+        """Write what was not written yet into the VMCS, which is current."""
+        if not self._set_up:
+            self._write_controls(lp)
+            registers.write_reset_state(lp)
+            registers.write_sregs(lp, self.sregs)
+            self._set_up = True
+        if self._dirty:
+            lp.core.vmwrite(vmcs.GUEST_RIP, self.rip)
+            lp.core.vmwrite(vmcs.GUEST_RSP, self.gprs[_RSP])
+            lp.core.vmwrite(vmcs.GUEST_RFLAGS, self.rflags)
+            self._dirty = False
+
+    @property
+    def set_up(self) -> bool:
+        """Whether the guest's state is in the VMCS; before, `sregs` has it."""
+        return self._set_up
 
     def flush(self) -> None:
         """VMCLEAR on the processor that has the VMCS."""
@@ -159,16 +279,8 @@ class VmxVcpu(VcpuOps):
         """VMLAUNCH or VMRESUME."""
         core = lp.core
         core.vmptrld(self.vmcs)
-        if not self._set_up:
-            self._write_controls(lp)
-            self._write_guest_state(lp)
-            self._set_up = True
-        if self._dirty:
-            core.vmwrite(vmcs.GUEST_RIP, self.rip)
-            core.vmwrite(vmcs.GUEST_RSP, self.gprs[_RSP])
-            core.vmwrite(vmcs.GUEST_RFLAGS, self.rflags)
-            self._dirty = False
-        if self.vcpu.apic is not None and self.vcpu.apic.nmi_pending:
+        self._prepare(lp)
+        if self.vcpu.nmi_pending:
             self._inject_nmi(lp)
         core.set_gprs(tuple(self.gprs))
         try:
@@ -179,6 +291,7 @@ class VmxVcpu(VcpuOps):
         self.gprs = list(core.gprs())
         self.rip, self.gprs[_RSP] = core.vmread(vmcs.GUEST_RIP), core.vmread(vmcs.GUEST_RSP)
         self.rflags = core.vmread(vmcs.GUEST_RFLAGS)
+        self._shadowed = bool(core.vmread(vmcs.GUEST_INTERRUPTIBILITY) & _BLOCKED_BY_STI_OR_MOV_SS)
         vectoring = core.vmread(vmcs.IDT_VECTORING_INFO)
         if vectoring & _VALID:
             # The exit came in the middle of an event's delivery: deliver it again (vmx_complete_interrupts).
@@ -187,12 +300,29 @@ class VmxVcpu(VcpuOps):
             core.vmwrite(vmcs.ENTRY_INSTRUCTION_LENGTH, core.vmread(vmcs.EXIT_INSTRUCTION_LENGTH))
 
     def _inject_nmi(self, lp: LogicalProcessor) -> None:
-        core, apic = lp.core, self.vcpu.apic
+        core = lp.core
         blocked = core.vmread(vmcs.GUEST_INTERRUPTIBILITY) & _BLOCKED_BY_NMI
-        if apic is not None and not blocked and not core.vmread(vmcs.ENTRY_INTERRUPTION_INFO) & _VALID:
-            apic.nmi_pending = False
+        if not blocked and not core.vmread(vmcs.ENTRY_INTERRUPTION_INFO) & _VALID:
+            self.vcpu.nmi_pending = False
             core.vmwrite(vmcs.GUEST_ACTIVITY_STATE, 0)
             core.vmwrite(vmcs.ENTRY_INTERRUPTION_INFO, _VALID | 2 << 8 | 2)
+
+    # --- time
+    def guest_tsc(self, lp: LogicalProcessor | None = None) -> int:
+        """The host's TSC with the VMCS's offset."""
+        if lp is None:
+            return super().guest_tsc()
+        return lp.core.rdtsc() + self._tsc_offset & _U64
+
+    def host_tsc(self, guest_tsc: int) -> int:
+        """The inverse."""
+        return guest_tsc - self._tsc_offset & _U64
+
+    def set_tsc(self, value: int) -> None:
+        """Let the guest's TSC have this value now."""
+        with self.loaded() as lp:
+            self._tsc_offset = value - lp.core.rdtsc() & _U64
+            lp.core.vmwrite(vmcs.TSC_OFFSET, self._tsc_offset)
 
     def interrupt_waits(self) -> bool:
         """RVI above PPR: virtual-interrupt delivery would deliver it."""
@@ -205,15 +335,15 @@ class VmxVcpu(VcpuOps):
 
     def handle_exit(self, lp: LogicalProcessor) -> bool:
         """Answer a VM exit; False to go to user space."""
-        reason, run = self._reason & 0xFFFF, self.vcpu.kvm_run
+        reason = self._reason & 0xFFFF
         if self._reason & _ENTRY_FAILURE:
-            run.detail = f"VM entry refused the guest state ({_NAMES.get(reason, reason)})"
-            return self.vcpu.exit_to_user(KvmExit.FAIL_ENTRY)
+            what = f"VM entry refused the guest state ({_NAMES.get(reason, reason)})"
+            return self.vcpu.fail_entry(what, self._reason)
         self.vcpu.vm.stats[f"exits:{_NAMES.get(reason, reason)}"] += 1
         handler = _HANDLERS.get(reason)
         if handler is None:
-            run.detail = f"VM exit {_NAMES.get(reason, reason)} at RIP {self.rip:#x}"
-            return self.vcpu.exit_to_user(KvmExit.INTERNAL_ERROR)
+            what = f"VM exit {_NAMES.get(reason, reason)} at RIP {self.rip:#x}"
+            return self.vcpu.internal_error(what, self._reason, lp.index)
         return handler(self, lp)
 
     def _skip(self, lp: LogicalProcessor) -> None:
@@ -262,9 +392,12 @@ class VmxVcpu(VcpuOps):
     def _rdmsr(self, lp: LogicalProcessor) -> bool:
         index = self.gprs[_RCX] & _U32
         field = _IN_VMCS.get(index)
-        value = emulate.read_msr(self.vcpu, index) if field is None else lp.core.vmread(field)
+        if index == Msr.TSC:
+            value: int | None = self.guest_tsc(lp)
+        else:
+            value = emulate.read_msr(self.vcpu, index) if field is None else lp.core.vmread(field)
         if value is None:
-            return self._general_protection(lp)
+            return self._unknown_msr(lp, index, None)
         self.gprs[_RAX], self.gprs[_RDX] = value & _U32, value >> 32
         self._skip(lp)
         return True
@@ -273,60 +406,87 @@ class VmxVcpu(VcpuOps):
         index, value = self.gprs[_RCX] & _U32, (self.gprs[_RDX] & _U32) << 32 | self.gprs[_RAX] & _U32
         if index == Msr.EFER:
             before, paging = lp.core.vmread(vmcs.GUEST_IA32_EFER), lp.core.vmread(vmcs.GUEST_CR0) & _CR0_PG
-            if value & ~_EFER_BITS or (paging and (value ^ before) & _EFER_LME):
+            if value & ~registers.EFER_VALID or (paging and (value ^ before) & _EFER_LME):
                 return self._general_protection(lp)
             lp.core.vmwrite(vmcs.GUEST_IA32_EFER, value & ~_EFER_LMA | before & _EFER_LMA)
-        elif index == Msr.PAT and all(kind in _PAT_TYPES for kind in value.to_bytes(8, "little")):
+        elif index == Msr.PAT and vmx_msrs.valid_pat(value):
             lp.core.vmwrite(vmcs.GUEST_IA32_PAT, value)
+        elif index == Msr.TSC:
+            self.set_tsc(value)
         elif not emulate.write_msr(self.vcpu, index, value):
-            return self._general_protection(lp)
+            return self._unknown_msr(lp, index, value)
         self._skip(lp)
         return True
 
+    def _unknown_msr(self, lp: LogicalProcessor, index: int, value: int | None) -> bool:
+        """#GP(0), unless user space wants to see it; `value` of a write."""
+        if not self.vcpu.msr_to_user(index, value, self._msr_answered):
+            return False
+        return self._general_protection(lp)
+
+    def _msr_answered(self, error: bool, value: int | None) -> None:
+        """User space comes back from KVM_EXIT_X86_RDMSR or WRMSR; `value` is what a read gives."""
+        with self.loaded() as lp:
+            if error:
+                self._general_protection(lp)
+                return
+            if value is not None:
+                self.gprs[_RAX], self.gprs[_RDX] = value & _U32, value >> 32
+            self._skip(lp)
+
     def _general_protection(self, lp: LogicalProcessor) -> bool:
         """#GP(0) for the instruction that exited: a value or an MSR that the guest does not have."""
-        core = lp.core
-        core.vmwrite(vmcs.ENTRY_INTERRUPTION_INFO, 1 << 31 | 1 << 11 | 3 << 8 | 13)
-        core.vmwrite(vmcs.ENTRY_EXCEPTION_ERROR_CODE, 0)
+        lp.core.vmwrite(vmcs.ENTRY_INTERRUPTION_INFO, 1 << 31 | 1 << 11 | 3 << 8 | 13)
+        lp.core.vmwrite(vmcs.ENTRY_EXCEPTION_ERROR_CODE, 0)
         return True
 
     def _io(self, lp: LogicalProcessor) -> bool:
         qualification = lp.core.vmread(vmcs.EXIT_QUALIFICATION)
         size, port = (qualification & 7) + 1, qualification >> 16 & 0xFFFF
-        write, string, rep = not qualification & 8, qualification & 0x10, qualification & 0x20
-        mask = (1 << 8 * size) - 1
+        write, string, rep = not qualification & 8, bool(qualification & 0x10), bool(qualification & 0x20)
         if rep and not self.gprs[_RCX]:
             self._skip(lp)
             return True
-        access = IoExit(write, size, port)
+        value = 0
         if write:
-            access.value = self._load_guest(lp, self.gprs[_RSI], size) if string else self.gprs[_RAX] & mask
-        self.vcpu.kvm_run.io = access
-        if not string:
-            self._skip(lp)
+            mask = (1 << 8 * size) - 1
+            value = self._load_guest(lp, self.gprs[_RSI], size) if string else self.gprs[_RAX] & mask
+        finish = self._string_io(lp, size, write, rep) if string else self._plain_io(lp, size, write)
+        vcpu = self.vcpu
+        if write and vcpu.vm.io_bus.write(PIO, port, size, value):
+            finish(0)
+            return True
+        access = vcpu.kvm_run.io.put(write, size, port, value)
+        return vcpu.exit_to_user(KvmExit.IO, lambda: finish(access.value))
 
-            def complete() -> None:
-                if not write:
-                    keep = 0 if size == 4 else self.gprs[_RAX] & ~mask
-                    self.gprs[_RAX] = keep | access.value & mask
+    def _plain_io(self, lp: LogicalProcessor, size: int, write: bool) -> Callable[[int], None]:
+        """IN and OUT: what to do with the value read."""
+        self._skip(lp)
+        mask = (1 << 8 * size) - 1
 
-            return self.vcpu.exit_to_user(KvmExit.IO, complete)
-
-        cr3 = lp.core.vmread(vmcs.GUEST_CR3)
-        index = _RSI if write else _RDI
-        step = -size if self.rflags & _DIRECTION else size
-        last = not rep or self.gprs[_RCX] == 1
-        if last:
-            self._skip(lp)
-
-        def complete_string() -> None:
+        def finish(value: int) -> None:
             if not write:
-                self._store_guest(cr3, self.gprs[_RDI], (access.value & mask).to_bytes(size, "little"))
+                keep = 0 if size == 4 else self.gprs[_RAX] & ~mask
+                self.gprs[_RAX] = keep | value & mask
+
+        return finish
+
+    def _string_io(self, lp: LogicalProcessor, size: int, write: bool, rep: bool) -> Callable[[int], None]:
+        """INS and OUTS, an element at a time."""
+        cr3 = lp.core.vmread(vmcs.GUEST_CR3)
+        index, step = _RSI if write else _RDI, -size if self.rflags & _DIRECTION else size
+        if not rep or self.gprs[_RCX] == 1:
+            self._skip(lp)
+
+        def finish(value: int) -> None:
+            if not write:
+                data = (value & (1 << 8 * size) - 1).to_bytes(size, "little")
+                self._store_guest(cr3, self.gprs[_RDI], data)
             self.gprs[index] = self.gprs[index] + step & _U64
             if rep:
                 self.gprs[_RCX] = self.gprs[_RCX] - 1 & _U64
 
-        return self.vcpu.exit_to_user(KvmExit.IO, complete_string)
+        return finish
 
     def _load_guest(self, lp: LogicalProcessor, address: int, size: int) -> int:
         vm = self.vcpu.vm
@@ -334,23 +494,18 @@ class VmxVcpu(VcpuOps):
         data = b""
         for i in range(size):
             gpa = walk_guest(vm, cr3, address + i)
-            data += vm.mm.read(self._hva(gpa), 1)
+            data += vm.read_guest(gpa, 1)
         return int.from_bytes(data, "little")
 
     def _store_guest(self, cr3: int, address: int, data: bytes) -> None:
         vm = self.vcpu.vm
         for i, byte in enumerate(data):
-            vm.mm.write(self._hva(walk_guest(vm, cr3, address + i)), bytes([byte]))
-
-    def _hva(self, gpa: int) -> int:
-        slot = self.vcpu.vm.memslots.find(gpa)
-        if slot is None:
-            raise KvmError(errno.EFAULT, f"string I/O with GPA {gpa:#x}, where there is no memory")
-        return slot.hva(gpa)
+            vm.write_guest(walk_guest(vm, cr3, address + i), bytes([byte]))
 
     def _ept_violation(self, lp: LogicalProcessor) -> bool:
         gpa = lp.core.vmread(vmcs.GUEST_PHYSICAL_ADDRESS)
-        fault = shared_fault(self.vcpu, gpa)
+        write = bool(lp.core.vmread(vmcs.EXIT_QUALIFICATION) & _EPT_WRITE)
+        fault = shared_fault(self.vcpu, gpa, write=write)
         if fault is Fault.NO_MEMORY:
             return self._mmio(lp, gpa)
         return fault is Fault.FIXED
@@ -360,25 +515,28 @@ class VmxVcpu(VcpuOps):
         code = self._instruction(lp)
         instruction = decode_mmio(code)
         if instruction is None:
-            self.vcpu.kvm_run.detail = (
+            what = (
                 f"access to GPA {gpa:#x}, where there is no memory, at RIP {self.rip:#x} by an instruction "
                 f"that is not emulated ({code.hex()})"
             )
-            return self.vcpu.exit_to_user(KvmExit.INTERNAL_ERROR)
-        mask = (1 << 8 * instruction.size) - 1
-        access = MmioExit(instruction.write, instruction.size, gpa)
-        if instruction.write:
+            return self.vcpu.internal_error(what, self._reason, lp.index)
+        size, write, mask = instruction.size, instruction.write, (1 << 8 * instruction.size) - 1
+        value = 0
+        if write:
             value = self.gprs[instruction.reg] >> 8 * instruction.high
-            access.value = (value if instruction.immediate is None else instruction.immediate) & mask
-        self.vcpu.kvm_run.mmio = access
+            value = (value if instruction.immediate is None else instruction.immediate) & mask
         self.rip = self.rip + instruction.length & _U64
         lp.core.vmwrite(vmcs.GUEST_RIP, self.rip)
+        vcpu = self.vcpu
+        if write and vcpu.vm.io_bus.write(MMIO, gpa, size, value):
+            return True
+        access = vcpu.kvm_run.mmio.put(write, size, gpa, value)
 
         def complete() -> None:
-            if not instruction.write:
+            if not write:
                 self._load_register(instruction, access.value & mask)
 
-        return self.vcpu.exit_to_user(KvmExit.MMIO, complete)
+        return vcpu.exit_to_user(KvmExit.MMIO, complete)
 
     def _load_register(self, instruction: MmioInstruction, value: int) -> None:
         bits = 8 * instruction.reg_size
@@ -397,7 +555,7 @@ class VmxVcpu(VcpuOps):
         while len(code) < MAX_INSTRUCTION:
             count = min(MAX_INSTRUCTION - len(code), PAGE - address % PAGE)
             try:
-                code += vm.mm.read(self._hva(walk_guest(vm, cr3, address)), count)
+                code += vm.read_guest(walk_guest(vm, cr3, address), count)
             except KvmError:
                 break
             address += count
@@ -410,6 +568,7 @@ class VmxVcpu(VcpuOps):
         pin = PinBased.EXTERNAL_INTERRUPT_EXITING | PinBased.NMI_EXITING
         primary = (
             Primary.HLT_EXITING
+            | Primary.TSC_OFFSETTING
             | Primary.UNCONDITIONAL_IO_EXITING
             | Primary.MSR_BITMAPS
             | Primary.SECONDARY_CONTROLS
@@ -450,6 +609,7 @@ class VmxVcpu(VcpuOps):
             vmcs.EPTP: vm.ept.eptp,
             vmcs.VMCS_LINK_POINTER: _U64,
             vmcs.EXCEPTION_BITMAP: 0,
+            vmcs.TSC_OFFSET: self._tsc_offset,
             vmcs.CR0_MASK: 0,
             vmcs.CR4_MASK: _CR4_VMXE,
             vmcs.HOST_CR0: 0x8005_0033,
@@ -467,41 +627,6 @@ class VmxVcpu(VcpuOps):
             }
         for field, value in fields.items():
             lp.core.vmwrite(field, int(value))
-
-    def _write_guest_state(self, lp: LogicalProcessor) -> None:
-        core, s = lp.core, self.sregs
-        for name in _SEGMENTS:
-            self._write_segment(lp, name.upper(), getattr(s, name))
-        self._write_segment(
-            lp, "LDTR", s.ldt if s.ldt.access != AR_UNUSABLE else Segment(0, 0, 0, AR_LDT | AR_UNUSABLE)
-        )
-        self._write_segment(lp, "TR", s.tr if s.tr.access != AR_UNUSABLE else Segment(0, 0, 0xFFFF, AR_TSS_BUSY))
-        fields = {
-            vmcs.GUEST_GDTR_BASE: s.gdt_base,
-            vmcs.GUEST_GDTR_LIMIT: s.gdt_limit,
-            vmcs.GUEST_IDTR_BASE: s.idt_base,
-            vmcs.GUEST_IDTR_LIMIT: s.idt_limit,
-            vmcs.GUEST_CR0: s.cr0,
-            vmcs.GUEST_CR3: s.cr3,
-            vmcs.GUEST_CR4: s.cr4 | _CR4_VMXE,
-            vmcs.CR4_READ_SHADOW: s.cr4,
-            vmcs.GUEST_IA32_EFER: s.efer,
-            vmcs.GUEST_IA32_PAT: _PAT_RESET,
-            vmcs.GUEST_DR7: 0x400,
-            vmcs.GUEST_INTERRUPTIBILITY: 0,
-            vmcs.GUEST_ACTIVITY_STATE: 0,
-        }
-        for field, value in fields.items():
-            core.vmwrite(field, value)
-
-    def _write_segment(self, lp: LogicalProcessor, name: str, segment: Segment) -> None:
-        for part, value in (
-            ("SELECTOR", segment.selector),
-            ("BASE", segment.base),
-            ("LIMIT", segment.limit),
-            ("ACCESS_RIGHTS", segment.access),
-        ):
-            lp.core.vmwrite(VmcsField[f"GUEST_{name}_{part}"].value, value)
 
 
 def _allowed(lp: LogicalProcessor, msr: int, wanted: int) -> int:

@@ -9,21 +9,25 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
 from softtdx.abi.kvm import KVM_X86_DEFAULT_VM, KVM_X86_TDX_VM
+from softtdx.abi.kvm_run import KvmRun
+from softtdx.abi.kvm_structs import VcpuEventsStruct
 from softtdx.hw import LogicalProcessor
 from softtdx.kvm.errors import KvmError
 from softtdx.kvm.uapi import Regs, Sregs
 
 if TYPE_CHECKING:
+    from softtdx.kvm.mirror import SecureEpt
     from softtdx.kvm.vcpu import Vcpu
     from softtdx.kvm.vm import Vm
 
-__all__ = ["VcpuOps", "VmOps", "choose", "supported_types"]
+__all__ = ["VcpuOps", "VmOps", "choose", "protected", "supported_types"]
 
 
 class VmOps(ABC):
     """What a kind of VM does for the VM as a whole."""
 
     has_private_memory = False
+    max_vcpus = 1024  # KVM_CAP_MAX_VCPUS
 
     def __init__(self, vm: "Vm") -> None:
         """KVM_CREATE_VM."""
@@ -54,6 +58,11 @@ class VmOps(ABC):
         """Make the 2 MiB from `base` on one large page, if that is possible."""
         raise KvmError(errno.EINVAL, f"this type of VM has no private memory ({base:#x})")
 
+    @property
+    def secure_ept(self) -> "SecureEpt | None":
+        """The mirror of its secure EPT, if it has one."""
+        return None
+
     @abstractmethod
     def release(self) -> None:
         """The VM is going: what must happen while its vCPUs still exist (mmu_release_hkid)."""
@@ -69,6 +78,12 @@ class VcpuOps(ABC):
     def __init__(self, vcpu: "Vcpu") -> None:
         """KVM_CREATE_VCPU."""
         self.vcpu = vcpu
+        self._cpu: int | None = None
+
+    @property
+    def loaded_on(self) -> int | None:
+        """The processor that keeps something of this vCPU: its VMCS, or the module's association."""
+        return self._cpu
 
     @abstractmethod
     def load(self, lp: LogicalProcessor) -> None:
@@ -90,9 +105,13 @@ class VcpuOps(ABC):
     def free(self) -> None:
         """The vCPU is gone."""
 
-    def pre_fault_memory(self, gpa: int, size: int) -> None:
-        """KVM_PRE_FAULT_MEMORY: EOPNOTSUPP where faults are all there is."""
-        raise KvmError(errno.EOPNOTSUPP, f"KVM_PRE_FAULT_MEMORY of {gpa:#x}+{size:#x} for this type of VM")
+    @abstractmethod
+    def pre_fault_memory(self, gpa: int, size: int) -> int:
+        """KVM_PRE_FAULT_MEMORY: map memory before the guest touches it; returns how many bytes were done."""
+
+    def fill_run(self, run: KvmRun) -> None:
+        """What struct kvm_run says of the vCPU after each KVM_RUN (post_kvm_run_save)."""
+        run.if_flag = run.ready_for_interrupt_injection = 0
 
     # --- time and interrupts, for the local APIC
     def guest_tsc(self, lp: LogicalProcessor | None = None) -> int:
@@ -119,17 +138,91 @@ class VcpuOps(ABC):
         """KVM_MEMORY_ENCRYPT_OP of the vCPU."""
         raise KvmError(errno.ENOTTY, f"this type of vCPU has no KVM_MEMORY_ENCRYPT_OP ({command}, {argument})")
 
+    # --- state. What an implementation leaves as it is here is protected: EINVAL.
     def get_regs(self) -> Regs:
-        """KVM_GET_REGS: EINVAL where the state is protected."""
-        raise KvmError(errno.EINVAL, "the registers of this vCPU are protected")
+        """KVM_GET_REGS."""
+        raise protected("general registers")
 
     def set_regs(self, regs: Regs) -> None:
         """KVM_SET_REGS."""
-        raise KvmError(errno.EINVAL, f"the registers of this vCPU are protected (RIP {regs.rip:#x} refused)")
+        del regs
+        raise protected("general registers")
+
+    def get_sregs(self) -> Sregs:
+        """KVM_GET_SREGS and KVM_GET_SREGS2."""
+        raise protected("special registers")
 
     def set_sregs(self, sregs: Sregs) -> None:
-        """KVM_SET_SREGS2."""
-        raise KvmError(errno.EINVAL, f"the registers of this vCPU are protected (CR0 {sregs.cr0:#x} refused)")
+        """KVM_SET_SREGS and KVM_SET_SREGS2."""
+        del sregs
+        raise protected("special registers")
+
+    def get_fxsave(self) -> bytes:
+        """The extended state in the standard format of XSAVE, 4096 bytes: for KVM_GET_FPU and KVM_GET_XSAVE."""
+        raise protected("extended state")
+
+    def set_fxsave(self, image: bytes) -> None:
+        """The inverse. EINVAL for state that the guest cannot have."""
+        del image
+        raise protected("extended state")
+
+    def get_xcr0(self) -> int:
+        """KVM_GET_XCRS."""
+        raise protected("XCR0")
+
+    def set_xcr0(self, value: int) -> None:
+        """KVM_SET_XCRS. EINVAL for a value that XSETBV refuses."""
+        del value
+        raise protected("XCR0")
+
+    def get_debugregs(self) -> tuple[int, ...]:
+        """KVM_GET_DEBUGREGS: DR0 to DR3, DR6, DR7."""
+        raise protected("debug registers")
+
+    def set_debugregs(self, values: tuple[int, ...]) -> None:
+        """KVM_SET_DEBUGREGS."""
+        del values
+        raise protected("debug registers")
+
+    def get_lapic(self) -> bytes:
+        """KVM_GET_LAPIC: 1024 bytes, a register every 16 as an xAPIC page has them."""
+        raise protected("local APIC")
+
+    def set_lapic(self, page: bytes) -> None:
+        """KVM_SET_LAPIC."""
+        del page
+        raise protected("local APIC")
+
+    def queue_interrupt(self, vector: int) -> None:
+        """KVM_INTERRUPT: what user space's own interrupt controller has for the vCPU."""
+        del vector
+        raise protected("interrupt to be injected")
+
+    def translate(self, address: int) -> int | None:
+        """KVM_TRANSLATE: the GPA behind a linear address; None where it does not translate, or cannot be seen."""
+        del address
+        return None
+
+    @abstractmethod
+    def get_events(self) -> VcpuEventsStruct:
+        """KVM_GET_VCPU_EVENTS."""
+
+    @abstractmethod
+    def set_events(self, events: VcpuEventsStruct) -> None:
+        """KVM_SET_VCPU_EVENTS, after the generic checks."""
+
+    @abstractmethod
+    def read_msr(self, index: int) -> int | None:
+        """One MSR of KVM_GET_MSRS; None for one that the vCPU does not have."""
+
+    @abstractmethod
+    def write_msr(self, index: int, value: int) -> bool:
+        """One MSR of KVM_SET_MSRS; False for one that the vCPU does not have, or that does not take the value."""
+
+
+def protected(what: str) -> KvmError:
+    """What a state ioctl fails with when the guest's state is protected."""
+    return KvmError(errno.EINVAL, f"the {what} of this vCPU cannot be seen: the guest's state is protected")
 
 
 def supported_types(vm_can_tdx: bool) -> list[int]:

@@ -25,13 +25,16 @@ from softtdx.abi.sept import (
     IPAT,
     LEAF,
     MT_MASK,
+    MT_SHIFT,
     MT_WB,
     RWX,
     STATE_MASK,
     SVE,
     TDEL,
     XU,
+    R,
     SeptState,
+    W,
     state_bits,
 )
 from softtdx.abi.status import Operand, Status
@@ -136,13 +139,34 @@ def shared_bit(gpaw: int) -> int:
 
 
 # --- the walk
+_RESERVED_MEMORY_TYPES: Final = frozenset((2 << MT_SHIFT, 3 << MT_SHIFT, 7 << MT_SHIFT))
+_RESERVED_NON_LEAF: Final = MT_MASK | IPAT | LEAF
+_LARGEST_PAGE: Final = 2
+_RESERVED_LEAF: Final = (0, 0x1F_F000, 0x3FFF_F000)
+
+
+def misconfigured(entry: int, level: int, leaf: bool) -> bool:
+    """Whether no walk goes through an EPT entry: SDM 29.3.3.1, for a processor with execute-only translations."""
+    if entry & (R | W) == W:
+        return True
+    if not entry & RWX:
+        return False
+    if leaf and level <= _LARGEST_PAGE:
+        return bool(entry & _RESERVED_LEAF[level]) or entry & MT_MASK in _RESERVED_MEMORY_TYPES
+    return bool(entry & _RESERVED_NON_LEAF)
+
+
 def walk(cpu: SeamCpu, table: int, top: int, gpa: int, level: int) -> tuple[int, int, int]:
     """Go from the root page `table`, whose entries have level `top`, down to the entry of `gpa` at `level`.
 
     Returns (address of the entry, the entry, its level). The walk ends early at an entry that maps a page or that is
-    not present; the level tells.
+    not present; the level tells. ModuleFatal when it ends at one that the processor would not use, which without
+    integrity protection the host can make of any.
     """
-    return cpu.walk_ept(table, top, gpa, level)
+    at, entry, reached = cpu.walk_ept(table, top, gpa, level)
+    if reached != level and misconfigured(entry, reached, bool(entry & LEAF)):
+        raise ModuleFatal(f"the secure EPT is misconfigured at GPA {gpa:#x}, level {reached}: {entry:#x}")
+    return at, entry, reached
 
 
 def top_level(td: Td) -> int:
@@ -207,7 +231,7 @@ def require_tracked(td: Td, entry: int, level: int, page: PamtPage) -> None:
     if state not in TRACKING_REQUIRED or not epoch.may_run(td):
         return
     if state not in ANY_BLOCKED:
-        set_details(td.call.regs, entry, level, td.call.g.hkid_mask)
+        set_details(td.call.regs, without_accept_count(entry, level), level, td.call.g.hkid_mask)
         raise LeafError(Status.GPA_RANGE_NOT_BLOCKED, Operand.RCX)
     if not epoch.is_tracked(td, page.bepoch):
         raise LeafError(Status.TLB_TRACKING_NOT_DONE, Operand.RCX)

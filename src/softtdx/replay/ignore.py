@@ -1,15 +1,23 @@
-"""Values in recordings that another run cannot reproduce: random numbers, time stamps, report MACs."""
+"""Values in recordings that another run cannot reproduce: random numbers, time stamps, report MACs.
+
+Nor what tells one build of the module from another, and VMCS fields that follow from the machine: controls and host
+state, which TDH.VP.RD shows of a debug TD.
+"""
 
 from typing import Any, Final
+
+from softtdx.abi.fields import L2_VMCS_CLASSES, VMCS_CLASS
 
 __all__ = ["comes_later", "exit_registers", "guest_registers", "host_registers", "memory"]
 
 Step = dict[str, Any]
 
-TDH_MNG_RD: Final = 11
-TDH_VP_RD: Final = 26
+TDH_MNG: Final = frozenset({11, 13})  # RD, WR: both return the value that was there
+TDH_VP: Final = frozenset({26, 43})
+TDH_SYS_RD: Final = 34
 TDG_VM_RD: Final = 7
 TDG_VP_RD: Final = 9
+TDG_SYS_RD: Final = 11
 
 # Class and field code of what cannot agree.
 _CODE: Final = 0x3F << 56 | 0xFF_FFFF
@@ -20,7 +28,19 @@ _TD_FIELDS: Final = frozenset(
     + [0x18 << 56 | 0x40 + i for i in range(4)]  # PRE_IMPORT_UUID
     + [0x02 << 56 | 0x01]  # SEAMDB_INDEX
 )
-_VP_FIELDS: Final = frozenset([0x20 << 56 | 0x0A, 0x2010])  # LAST_EXIT_TSC, TSC_OFFSET of the TD VMCS
+_SYS_FIELDS: Final = frozenset([0x08 << 56 | 0x01, 0x08 << 56 | 0x02])  # BUILD_DATE, BUILD_NUM
+_VP_FIELDS: Final = frozenset([0x20 << 56 | 0x0A, 0x20 << 56 | 0x30])  # LAST_EXIT_TSC, HP_LOCK_BUSY_START
+_XBUFF: Final = 0x12 << 56  # recorded without extended state
+_VMCS_CLASSES: Final = frozenset({VMCS_CLASS, *L2_VMCS_CLASSES})
+_CONTROL_OR_HOST: Final = frozenset({0, 3})  # a VMCS field's type, bits 11:10 of its encoding
+
+
+def _unlike_vp_field(field: int) -> bool:
+    """Whether a field of TDVPS cannot agree, or depends on the machine that recorded it."""
+    code = field & _CODE
+    if code >> 56 in _VMCS_CLASSES:
+        return code >> 10 & 3 in _CONTROL_OR_HOST
+    return code in _VP_FIELDS or code & 0x3F << 56 == _XBUFF
 
 
 # Families of leaves that this module does not have yet: service TDs, migration, L2 VMs.
@@ -38,16 +58,19 @@ def comes_later(step: Step) -> bool:
 def host_registers(step: Step) -> frozenset[str]:
     """Output registers of a host step that are not compared."""
     field = int(step["in"].get("rdx", "0"), 0)
-    if step["leaf"] == TDH_MNG_RD and field & _CODE in _TD_FIELDS:
+    if step["leaf"] in TDH_MNG and field & _CODE in _TD_FIELDS:
         return frozenset({"r8"})
-    if step["leaf"] == TDH_VP_RD and field & _CODE in _VP_FIELDS:
+    if step["leaf"] == TDH_SYS_RD and field & _CODE in _SYS_FIELDS:
+        return frozenset({"r8"})
+    if step["leaf"] in TDH_VP and _unlike_vp_field(field):
         return frozenset({"r8"})
     return frozenset()
 
 
 def guest_registers(event: Step) -> frozenset[str]:
     """Output registers of a TDCALL that are not compared."""
-    if event.get("leaf") == TDG_VM_RD and int(event["in"].get("rdx", "0"), 0) & _CODE in _TD_FIELDS:
+    fields = {TDG_VM_RD: _TD_FIELDS, TDG_SYS_RD: _SYS_FIELDS}.get(event.get("leaf", -1), frozenset())
+    if fields and int(event["in"].get("rdx", "0"), 0) & _CODE in fields:
         return frozenset({"r8"})
     return frozenset()
 

@@ -1,7 +1,7 @@
 """The TDVMCALLs that KVM leaves to the VMM: MapGPA, GetQuote, SetupEventNotifyInterrupt, GetTdVmCallInfo."""
 
 from softtdx.abi.ghci import VmcallLeaf, VmcallStatus
-from softtdx.abi.kvm import HC_MAP_GPA_RANGE, MAP_GPA_RANGE_ENCRYPTED, MEMORY_ATTRIBUTE_PRIVATE
+from softtdx.abi.kvm import HC_MAP_GPA_RANGE, MAP_GPA_RANGE_ENCRYPTED, MEMORY_ATTRIBUTE_PRIVATE, KvmCap
 from softtdx.attest.getquote import GetQuote
 from softtdx.kvm import KvmError, Vm
 from softtdx.kvm.memory import PAGE
@@ -20,6 +20,7 @@ class GuestSharedMemory:
     def __init__(self, vm: Vm) -> None:
         """Of this VM."""
         self._vm = vm
+        vm.enable_cap(KvmCap.EXIT_HYPERCALL, 1 << HC_MAP_GPA_RANGE)
 
     def read(self, gpa: int, size: int) -> bytes:
         """`size` bytes from `gpa`."""
@@ -52,7 +53,7 @@ class HypercallServices:
         if request.nr != HC_MAP_GPA_RANGE:
             request.ret = _EINVAL
             return
-        gpa, pages, attributes = request.args
+        gpa, pages, attributes = request.args[:3]
         private = bool(attributes & MAP_GPA_RANGE_ENCRYPTED)
         try:
             self._convert(gpa, pages * PAGE, private)
@@ -73,7 +74,7 @@ class HypercallServices:
             slot = vm.memslots.find(at)
             assert slot is not None
             end = min(slot.end, gpa + size)
-            if private:
+            if private and vm.mm.backing(slot.hva(at)) == PAGE:  # a hugetlb page cannot be given up in parts
                 vm.mm.discard(slot.hva(at), end - at)
             elif slot.guest_memfd is not None:
                 slot.guest_memfd.punch_hole(slot.file_offset(at), end - at)
@@ -82,7 +83,7 @@ class HypercallServices:
     def tdx(self, request: TdxExit, apic_id: int = 0) -> None:
         """GetQuote and its companions, asked by the vCPU with that APIC id."""
         if request.nr == VmcallLeaf.GET_QUOTE and self._get_quote is not None:
-            gpa, size = request.data
+            gpa, size = request.data[:2]
             request.ret = self._get_quote.call(self._memory, gpa, size, self._notify)
             if not self._get_quote.threaded:
                 # Served before the call returns, so that a run does not depend on how fast this machine signs.
@@ -91,7 +92,8 @@ class HypercallServices:
             self.event_notify_vector, self._event_notify_apic = request.data[0], apic_id
             request.ret = VmcallStatus.SUCCESS
         elif request.nr == VmcallLeaf.GET_TDVMCALL_INFO:
-            request.ret, request.r11, request.r12 = VmcallStatus.SUCCESS, int(self._get_quote is not None), 0
+            request.ret = VmcallStatus.SUCCESS
+            request.answer_info(int(self._get_quote is not None))
 
     def close(self) -> None:
         """Answer what is in flight, and take no more."""

@@ -314,7 +314,7 @@ class Machine:
 
     def _undefined(self) -> set[str]:
         """What the simulated processors could not execute so far, disassembled."""
-        return {text for lp in self.host.platform.lps for text in self.host.cpus.call_on(lp.index, _undefined_on)}
+        return {text for lp in self.host.cpus.online() for text in self.host.cpus.call_on(lp.index, _undefined_on)}
 
     def _instructions(self) -> int:
         return sum(vcpu.instructions for vcpu in self.vcpus)

@@ -25,9 +25,6 @@ SUPPRESS_VE: Final = 1 << 63
 RWX: Final = 7
 READABLE_SHIFT: Final = 3  # permissions in an exit qualification: bits 5:3
 _EPTP_LEVEL_SHIFT: Final = 3
-_RESERVED_MEMORY_TYPES: Final = frozenset({2, 3, 7})
-_RESERVED_NON_LEAF: Final = 0xF8
-_RESERVED_LEAF: Final = {1: 0x1F_F000, 2: 0x3FFF_F000}
 
 
 def guest_pa(guest: Guest, gpa: int, operand: int, *, write: bool = False, private: bool = True) -> int:
@@ -89,14 +86,10 @@ def _translate_shared(guest: Guest, gpa: int, wanted: int) -> int:
 
 
 def _misconfigured(guest: Guest, entry: int, level: int, leaf: bool) -> bool:
-    """SDM 29.3.3.1, for a processor with execute-only translations."""
-    if entry & 3 == EPT_WRITE:
+    """As the processor has it; and the host's tables must be where the host may put them."""
+    if sept.misconfigured(entry, level, leaf):
         return True
-    if not entry & RWX:
-        return False
-    if leaf and level <= 2:
-        return bool(entry & _RESERVED_LEAF.get(level, 0)) or (entry >> 3 & 7) in _RESERVED_MEMORY_TYPES
-    return bool(entry & _RESERVED_NON_LEAF) or not is_shared(guest.g, entry & ADDRESS, 4096)
+    return bool(entry & RWX) and not leaf and not is_shared(guest.g, entry & ADDRESS, 4096)
 
 
 def _violation(guest: Guest, gpa: int, qualification: int, entry: int, leaf: bool) -> None:
