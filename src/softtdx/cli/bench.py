@@ -105,6 +105,22 @@ def _kvm(runs: int) -> Iterator[Figure]:
         yield from _figures("kvm", runs, "ms", partial(bench_vm_boot, where), {"ms": f"an ordinary VM, {name}"})
 
 
+def _mktme(runs: int) -> Iterator[Figure]:
+    from softtdx.vmm.bench_mktme import bench_forced, bench_hot_path
+
+    for name, vm in (
+        ("load-store loop in a TD, integrity on / off", False),
+        ("in a VM, TME and integrity on / off", True),
+    ):
+        yield from _figures("mktme", runs, "x", partial(bench_hot_path, vm=vm), {"ratio": name})
+    names = {
+        "dump": "raw dump: encryption",
+        "force": "raw write: encryption and MAC",
+        "verify": "read after it: MAC and decryption",
+    }
+    yield from _figures("mktme", runs, "MB/s", bench_forced, names)
+
+
 def _attest(runs: int) -> Iterator[Figure]:
     from softtdx.attest.bench import bench_pcs, bench_quote, bench_verify
 
@@ -148,6 +164,7 @@ _SUITES: dict[str, Callable[[int], Iterator[Figure]]] = {
     "seamcall": _seamcall,
     "build": _build,
     "kvm": _kvm,
+    "mktme": _mktme,
     "attest": _attest,
     "boot": _boot,
 }
@@ -162,7 +179,7 @@ def bench(suites: tuple[str, ...], runs: int, vs: str | None, as_json: bool) -> 
     """Measure this machine.
 
     Suites: cpu (interpreter speed), seamcall (cost of leaves), build (TD build and teardown), kvm (memory,
-    conversions, exits), attest,
+    conversions, exits), mktme (encryption and integrity: the hot path, and when somebody looks), attest,
     and only when named boot (Debian's kernel in a TD and in a VM; with --vs qemu also under QEMU).
     """
     if vs is not None and "boot" not in suites:
@@ -183,7 +200,8 @@ def bench(suites: tuple[str, ...], runs: int, vs: str | None, as_json: bool) -> 
         return
     table = Table("suite", "what", "median", "min", "max", "unit", title=f"medians of {runs}")
     for f in figures:
-        table.add_row(f.suite, f.name, f"{f.value:.3g}", f"{f.low:.3g}", f"{f.high:.3g}", f.unit)
+        digits = ".3f" if f.unit == "x" else ".3g"
+        table.add_row(f.suite, f.name, f"{f.value:{digits}}", f"{f.low:{digits}}", f"{f.high:{digits}}", f.unit)
     Console().print(table)
 
 
