@@ -153,10 +153,10 @@ static void map_gpa(uint64_t gpa, uint64_t size)
 {
     uint64_t status, end = gpa + size, next = gpa;
 
-    do { /* the VMM may do a part and say in R11 where to go on */
+    do { /* the VMM may do a part and say in R11 where to go on; it must not lead us elsewhere */
         gpa = next;
         status = vmcall(VMCALL_MAP_GPA, gpa, end - gpa, 0, 0, &next);
-    } while (status == VMCALL_RETRY);
+    } while (status == VMCALL_RETRY && next > gpa && next < end && next % PAGE == 0);
     check(status, "MapGPA");
 }
 

@@ -5,8 +5,8 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from softtdx.attack import Outcome, all_attacks, attestation, find, run_attack
-from softtdx.attack.lab import Side
+from softtdx.attack import Outcome, Report, all_attacks, attestation, find, run_attack
+from softtdx.attack.lab import Side, SideReport
 from softtdx.attest import DcapRejectedError, Verifier, verify_with_dcap_qvl
 from softtdx.cli.attack import attack as command
 from softtdx.errors import SoftTdxError
@@ -22,7 +22,12 @@ def test_the_attack_ends_as_its_page_says(chosen):
 
 
 def test_only_known_limits_of_the_real_scheme_let_the_attacker_win():
-    assert [a.name for a in all_attacks() if a.expected.attacker_won] == ["replay", "tdvps-replay"]
+    assert [a.name for a in all_attacks() if a.expected.attacker_won] == [
+        "replay",
+        "pamt-replay",
+        "tdvps-replay",
+        "page-trace",
+    ]
 
 
 def test_dcap_qvl_refuses_the_quotes_that_are_not_genuine_or_not_in_force(monkeypatch):
@@ -78,6 +83,27 @@ def test_the_list_and_a_page_can_be_read_as_json():
     assert shown["protected"] == "corrupted"
 
 
-def test_there_are_sixty_attacks_of_every_family():
-    assert len(all_attacks()) >= 60
+def test_a_report_of_all_has_a_section_for_each_attack(tmp_path, monkeypatch):
+    def run(chosen, *, unprotected_only=False):
+        assert not unprotected_only
+        sides = ((Side.PROTECTED, chosen.expected), (Side.UNPROTECTED, Outcome.LEAKED))
+        return Report(chosen, tuple(SideReport(side, outcome, "<evidence>", 0.5) for side, outcome in sides))
+
+    monkeypatch.setattr("softtdx.cli.attack.run_attack", run)
+    page = tmp_path / "report.html"
+    result = CliRunner().invoke(command, ["run", "all", "--json", "--report", str(page)], standalone_mode=False)
+    assert result.return_value == 0
+    reports = json.loads(result.stdout)
+    assert [r["name"] for r in reports] == [a.name for a in all_attacks()]
+    for report in reports:
+        assert report.keys() == {"name", "holds", "expected", "protected", "unprotected"}
+        assert report["protected"].keys() == {"outcome", "evidence", "seconds"}
+    text = page.read_text()
+    assert text.count("<section id=") == len(all_attacks())
+    assert "&lt;evidence&gt;" in text
+    assert "<evidence>" not in text
+
+
+def test_there_are_ninety_attacks_of_every_family():
+    assert len(all_attacks()) >= 90
     assert {a.family for a in all_attacks()} == {"memory", "mapping", "control", "attestation"}

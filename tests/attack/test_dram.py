@@ -1,9 +1,7 @@
 """The fault model, and what a probe on the memory bus sees."""
 
 import json
-import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -148,11 +146,3 @@ def test_without_encryption_the_probe_sees_a_vms_code():
 def test_a_bad_dump_is_refused(options):
     with pytest.raises(SoftTdxError):
         dump(*options)
-
-
-def test_the_example_of_the_documentation_works():
-    text = (Path(__file__).parents[2] / "docs" / "attacks.md").read_text()
-    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    names = {}
-    exec(compile(example, "docs/attacks.md", "exec"), names)
-    names["test_a_glitch_is_detected_by_a_td_and_not_by_a_vm"]()

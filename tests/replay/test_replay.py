@@ -79,6 +79,19 @@ def test_memory_that_reads_otherwise_is_reported(traces: Path, folder: Path) -> 
     assert differences[0] == "offset 0x0"
 
 
+@pytest.mark.parametrize("gpa", ["0x7f0000000000", "0x9000"])
+def test_memory_that_a_td_does_not_have_is_one_difference_and_the_rest_is_played(
+    traces: Path, folder: Path, gpa: str
+) -> None:
+    def change(steps: list[Step]) -> None:
+        first(steps, op="gread")["gpa"] = gpa
+
+    report = replay_changed(traces, folder, "04_sept_life", change)
+    kind, what = only_mismatch(report)
+    assert (kind, what) == ("gread", ["error"])
+    assert report.compared > 250, "most of it comes later"
+
+
 def test_a_guest_register_at_entry_that_differs_is_reported(traces: Path, folder: Path) -> None:
     def change(steps: list[Step]) -> None:
         first(steps, name="TDH.VP.ENTER", st="entered")["guest"]["rbx"] = "0x31"

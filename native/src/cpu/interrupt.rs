@@ -446,6 +446,12 @@ impl Cpu {
                     break bits;
                 }
             };
+            // The host cannot post a TD what would look like an exception: vectors 0 to 30 are dropped.
+            let bits = if word == 0 && self.guest_seam {
+                bits & !0x7fff_ffff
+            } else {
+                bits
+            };
             if bits == 0 {
                 continue;
             }

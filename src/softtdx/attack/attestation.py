@@ -17,6 +17,7 @@ from softtdx.attest.errors import QuotingError
 from softtdx.attest.eventlog import EventLog, EventType
 from softtdx.attest.keys import public_from_point, public_point, sign_raw, verify_raw
 from softtdx.attest.verifier import Verdict
+from softtdx.hw.faults import UndefinedOpcode
 from softtdx.hw.seamops import SeamOpsStatus
 from softtdx.vmm import MachineConfig
 from softtdx.vmm.attesting_td import AttestingTd
@@ -42,6 +43,7 @@ class _Party:
     owner: bytes = _OWNER
     debug: bool = False
     extended: bytes | None = None
+    configured: bytes = bytes(48)
 
     @cached_property
     def pki(self) -> Pki:
@@ -57,7 +59,7 @@ class _Party:
         return self._ask(lambda td: td.report(nonce))
 
     def _ask(self, question: Callable[[AttestingTd], bytes]) -> bytes:
-        config = MachineConfig(memory=_MEMORY, mrowner=self.owner, debug_td=self.debug)
+        config = MachineConfig(memory=_MEMORY, mrowner=self.owner, mrconfigid=self.configured, debug_td=self.debug)
         with AttestingTd(self.scene.host, QuotingService(self.scene.host.platform, self.pki), config) as td:
             if self.extended is not None:
                 td.extend(_RTMR, self.extended)
@@ -122,17 +124,67 @@ def report_of_emulator(scene: Scene) -> Observation:
     return _quote_and_verify(_Party(scene), _Party(emulator).report())
 
 
-def _quote_and_verify(party: _Party, report: bytes) -> Observation:
-    seamops, protected = party.scene.host.platform.seamops, party.scene.protected
+def _quote_and_verify(party: _Party, report: bytes, *, check_mac: bool | None = None) -> Observation:
+    """The quoting enclave has the MAC checked on the protected side, unless `check_mac` says otherwise."""
+    seamops = party.scene.host.platform.seamops
+    checked = party.scene.protected if check_mac is None else check_mac
 
     def mac_is_good(head: bytes) -> bool:
-        return not protected or seamops.verify(head) is SeamOpsStatus.SUCCESS
+        return not checked or seamops.verify(head) is SeamOpsStatus.SUCCESS
 
     try:
         quote = QuotingEnclave(party.pki, mac_is_good).quote(report)
     except QuotingError as error:
         return _released(str(error))
     return _released(party.verify(quote, party.strict).reason)
+
+
+@attack(
+    "seamops-by-host",
+    "attestation",
+    title="The host makes the MAC of a TDREPORT itself",
+    promise="SEAMOPS, which has the processor's report key, is for SEAM root mode: #UD anywhere else.",
+    expected=Outcome.STOPPED,
+    unprotected="a processor that executes SEAMOPS for anybody",
+)
+def seamops_by_host(scene: Scene) -> Observation:
+    """The host writes the TDREPORT it likes, with the trusted owner, and has the processor vouch for it."""
+    _scene_of_tds(scene)
+    party = _Party(scene, owner=_OTHER_OWNER)
+    forged = TdReport.parse(bytearray(party.report()))
+    forged.td_info.mrowner = _OWNER
+    if scene.protected:
+        try:
+            scene.host.platform.lps[0].seamops()
+        except UndefinedOpcode as fault:
+            return _released(f"#UD: {fault}")
+    info_hash = hashlib.sha384(forged.td_info.view).digest()
+    mac = forged.report_mac
+    _, head = scene.host.platform.seamops.report(bytes(mac.report_type.view), mac.report_data, info_hash)
+    return _quote_and_verify(party, head[: len(mac.view)] + bytes(forged.view)[len(mac.view) :], check_mac=True)
+
+
+@attack(
+    "configuration-swapped",
+    "attestation",
+    title="The host gives the right TD another configuration",
+    promise="MRCONFIGID, MROWNER and MROWNERCONFIG are the host's to set, and in the quote for everybody to compare.",
+    expected=Outcome.STOPPED,
+    unprotected="a policy that compares MRTD and owner only",
+)
+def configuration_swapped(scene: Scene) -> Observation:
+    """The right image, for the right owner, reads its configuration from a disk; its hash should be MRCONFIGID.
+
+    The host starts it with the configuration of a test system, in which secrets go to the log.
+    """
+    _scene_of_tds(scene)
+    expected, swapped = (hashlib.sha384(name).digest() for name in (b"production", b"test system"))
+    party = _Party(scene, configured=swapped)
+    measurements = {"mr_owner": frozenset((_OWNER,))}
+    if scene.protected:
+        measurements["mr_config_id"] = frozenset((expected,))
+    policy = Policy(measurements=measurements).expecting(_NONCE)
+    return _released(party.verify(party.quote(), policy).reason)
 
 
 @attack(

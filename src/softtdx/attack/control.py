@@ -1,29 +1,13 @@
-"""Attacks on the control structures: TDR, TDCS, TDVPS, PAMT, KeyIDs, the module's image and version."""
+"""Attacks on the control structures: TDR, TDCS, TDVPS, PAMT, KeyIDs."""
 
-import functools
-import shutil
 from collections.abc import Callable
-from datetime import date
-from importlib.util import find_spec
-from pathlib import Path
-from tempfile import TemporaryDirectory
-
-from cryptography.hazmat.primitives.asymmetric import rsa
+from typing import TypeVar
 
 from softtdx.abi import sept, vmcs
 from softtdx.abi.leaves import SeamcallLeaf as Leaf
-from softtdx.abi.leaves import SeamldrLeaf
-from softtdx.abi.status import SeamldrStatus
-from softtdx.abi.structs import SeamldrParams, SeamldrScenario, SeamSigstruct
 from softtdx.attack.lab import Observation, Outcome, attack
-from softtdx.attack.scene import LINE, PAGE, SECRET, SECRET_GPA, Scene, Seen, Victim, judge, say
-from softtdx.hw import DramLine, LogicalProcessor, Platform, Registers
-from softtdx.kvm import Host
-from softtdx.kvm.tdx_host import TdxUnavailableError
-from softtdx.seamldr import development_release, launch_np_seamldr
-from softtdx.seamldr.image import build_image
-from softtdx.seamldr.release import HANDOFF_VERSION, SEAM_SVN, SUPPORTED_CPUS, Release, development_key
-from softtdx.seamldr.sigstruct import KEY_BITS, sign, signer_hash
+from softtdx.attack.scene import LINE, PAGE, SECRET, SECRET_GPA, SPARE_GPA, Scene, Seen, Victim, judge, say
+from softtdx.hw import DramLine, LogicalProcessor
 from softtdx.vmm.python_guest import PythonGuest, Td
 
 __all__: list[str] = []
@@ -34,6 +18,8 @@ _STATE = "an ordinary VM, whose registers the host keeps"
 _PRIVATE = "The structure is private memory of the TDX module: what the host wrote there is met with a machine check."
 _LEVELS = (3, 2, 1, 0)
 _RSI = 6
+_PAGES_OF_A_LINE = 4  # PAMT entries in a cache line
+_SECOND_GPA = SPARE_GPA + PAGE
 _GPR_LINE, _SEPT_ROOT = 0x980, 3  # in the TDVPR page; among the TDCS pages
 
 
@@ -163,30 +149,70 @@ def vmcs_overwrite(scene: Scene) -> Observation:
     return _while_outside(scene, protected, ordinary)
 
 
+def _pamt_line(scene: Scene, page: int) -> int:
+    """Where the line lies that holds the PAMT entry of a 4 KiB page, as the host knows: it gave the memory."""
+    tdx = scene.host.tdx
+    assert tdx is not None
+    tdmr = next(t for t in tdx.tdmrs if t.base <= page < t.base + t.size)
+    return tdmr.pamt[0][0] + (page - tdmr.base) // PAGE * tdx.sysinfo.pamt_entry_size[0] & -LINE
+
+
+_Line = TypeVar("_Line")
+
+
+def _stale_pamt(scene: Scene, record: Callable[[int], _Line], put_back: Callable[[int, _Line], None]) -> Observation:
+    """The PAMT line of the victim's page is recorded while the page is free, and put back when it is the victim's."""
+    page = scene.host.memory.alloc(_PAGES_OF_A_LINE, align=_PAGES_OF_A_LINE * PAGE)
+    line = _pamt_line(scene, page)
+    old = record(line)
+
+    def act(victim: Victim) -> Seen:
+        victim.put_at(SPARE_GPA, page)
+        victim.touch(SPARE_GPA)
+        victim.td.write(SPARE_GPA, victim.td.read(SECRET_GPA, PAGE))
+        put_back(line, old)
+        regs = scene.seamcall(Leaf.MEM_PAGE_AUG, rcx=_SECOND_GPA, rdx=victim.tdx().require_tdr(), r8=page)
+        if not regs.rax:
+            victim.td.accept(_SECOND_GPA)
+        victim.td.write(SECRET_GPA, victim.td.read(SPARE_GPA, PAGE))
+        return Seen(note=f"{say(Leaf.MEM_PAGE_AUG, regs)} of a page that is mapped already")
+
+    return scene.under_attack(act)
+
+
 @attack(
     "pamt-overwrite",
     "control",
     title="The host rewrites the PAMT, so that a TD's page looks free",
     promise="The PAMT is private memory of the module: it takes a machine check when it looks the page up.",
     expected=Outcome.DETECTED,
-    unprotected="an ordinary VM: who owns a page is in the host's own books",
+    unprotected="a TD on a platform whose memory has no integrity, neither MACs nor TD-owner bits",
 )
 def pamt_overwrite(scene: Scene) -> Observation:
-    """The host clears the page's PAMT entry with KeyID 0, and offers the page for reclaim as if nobody owned it."""
+    """The host loads the line with a page's PAMT entry while the page is free, and stores it back when it is a TD's.
 
-    def act(victim: Victim) -> Seen:
-        page = victim.pa()
-        if not scene.protected:
-            scene.memory.write(page, _FORGED)
-            return Seen(note="the host used the page as its own")
-        assert scene.host.tdx is not None
-        tdmr = next(t for t in scene.host.tdx.tdmrs if t.base <= page < t.base + t.size)
-        entry_size = scene.host.tdx.sysinfo.pamt_entry_size[0]
-        entry = tdmr.pamt[0][0] + (page - tdmr.base) // PAGE * entry_size
-        scene.memory.write(entry & -LINE, bytes(LINE))
-        return Seen(note=say(Leaf.PHYMEM_PAGE_RECLAIM, scene.seamcall(Leaf.PHYMEM_PAGE_RECLAIM, rcx=page)))
+    Then it maps the page once more, at another GPA of the TD: accepting it there wipes what it holds. It needs no key:
+    what it loaded through KeyID 0 is noise, but stored through KeyID 0 it becomes the old ciphertext again.
+    """
+    scene.bare_td = True
+    return _stale_pamt(scene, lambda line: scene.memory.read(line, LINE), scene.memory.write)
 
-    return scene.under_attack(act)
+
+@attack(
+    "pamt-replay",
+    "control",
+    title="An old line of the PAMT is put back",
+    promise="None: MKTME-i has no freshness, for the PAMT no more than for a TD's memory.",
+    expected=Outcome.CORRUPTED,
+    unprotected="a TD on a platform whose memory has no integrity, neither MACs nor TD-owner bits",
+)
+def pamt_replay(scene: Scene) -> Observation:
+    """An interposer on the bus puts back, MAC and all, the PAMT line of when the page was free.
+
+    A limit of the real scheme. The module believes that nobody owns the page, and maps it once more.
+    """
+    scene.bare_td = True
+    return _stale_pamt(scene, scene.dram.record, lambda _, lines: scene.dram.replay(lines))
 
 
 @attack(
@@ -273,34 +299,6 @@ def snapshot_rollback(scene: Scene) -> Observation:
 
 
 @attack(
-    "keyid-reuse",
-    "control",
-    title="The host gives a live TD's KeyID to an accomplice",
-    promise="A KeyID serves one TD at a time: HKID_NOT_FREE, and no key is programmed over one in use.",
-    expected=Outcome.STOPPED,
-    unprotected="an ordinary VM, under the KeyID that everybody uses",
-)
-def keyid_reuse(scene: Scene) -> Observation:
-    """The host creates a TD under the victim's KeyID, whose guest would then read the victim's lines."""
-
-    def act(victim: Victim) -> Seen:
-        if not scene.protected:
-            return Seen(scene.memory.read(victim.pa(), PAGE), "read under the same KeyID")
-        hkid, tdr = victim.tdx().hkid, victim.tdx().require_tdr()
-        assert hkid is not None
-        page, said = scene.host.memory.alloc(zero=True), []
-
-        def reuse(_: LogicalProcessor) -> None:
-            said.append(say(Leaf.MNG_CREATE, scene.seamcall(Leaf.MNG_CREATE, rcx=page, rdx=hkid)))
-            said.append(say(Leaf.MNG_KEY_CONFIG, scene.seamcall(Leaf.MNG_KEY_CONFIG, rcx=tdr)))
-
-        victim.outside(reuse)
-        return Seen(note=", ".join(said))
-
-    return scene.under_attack(act)
-
-
-@attack(
     "kill-and-read",
     "control",
     title="The host kills the guest and searches what it leaves behind",
@@ -356,147 +354,3 @@ def add_after_finalize(scene: Scene) -> Observation:
         return Seen(note=", ".join(said))
 
     return scene.under_attack(act)
-
-
-# --- the module itself
-@functools.cache
-def _attackers_key() -> rsa.RSAPrivateKey:
-    return rsa.generate_private_key(65537, KEY_BITS)
-
-
-def _signed(image: bytes, key: rsa.RSAPrivateKey, svn: tuple[int, int] = SEAM_SVN) -> Release:
-    return Release(
-        image,
-        sign(image, key, svn=svn, cpus=SUPPORTED_CPUS, handoff_version=HANDOFF_VERSION, day=date(2026, 1, 1)),
-    )
-
-
-def _host_with(scene: Scene, release: Release) -> Host:
-    """A host that loads `release`; without protection, on a platform whose loader trusts the attacker's key."""
-    platform = Platform(scene.description)
-    if not scene.protected:
-        modulus = _attackers_key().public_key().public_numbers().n
-        launch_np_seamldr(platform, signer=signer_hash(modulus.to_bytes(KEY_BITS // 8, "little")))
-    host = Host(platform)
-    host.enable_tdx(release)
-    return host
-
-
-_ANY_SIGNER = "a platform whose loader trusts the attacker's signing key"
-_CHECK = "    if not td.rd64(tdcs.ATTRIBUTES) & DEBUG:"
-
-
-@functools.cache
-def _backdoored() -> bytes:
-    """The module's image without the check that keeps TDH.MEM.RD from TDs that are not to be debugged."""
-    spec = find_spec("softtdx.module")
-    assert spec is not None
-    assert spec.submodule_search_locations
-    with TemporaryDirectory() as folder:
-        sources = Path(folder) / "module"
-        shutil.copytree(spec.submodule_search_locations[0], sources)
-        file = sources / "leaves" / "mem_rw.py"
-        text = file.read_text()
-        assert _CHECK in text
-        file.write_text(text.replace(_CHECK, "    if False:"))
-        return build_image(sources)
-
-
-@attack(
-    "module-patched",
-    "control",
-    title="The host loads a TDX module with a back door",
-    promise="The P-SEAMLDR loads only what the vendor signed: EBADHASH, EBADSIG.",
-    expected=Outcome.STOPPED,
-    unprotected=_ANY_SIGNER,
-)
-def module_patched(scene: Scene) -> Observation:
-    """A check is removed from the module, so that TDH.MEM.RD reads any TD. Will the platform load it?
-
-    The attacker tries it under the vendor's SIGSTRUCT and under one signed with a key of his own. Where that is
-    accepted, a TD is started on the module and its secret read.
-    """
-    scene.always_td = True
-    refused = []
-    image = _backdoored()
-    for release in (Release(image, development_release().sigstruct), _signed(image, _attackers_key())):
-        try:
-            scene.host = _host_with(scene, release)
-        except TdxUnavailableError as error:
-            refused.append(str(error))
-    if len(refused) > 1:
-        return Observation(Outcome.STOPPED, "; ".join(refused))
-
-    def act(victim: Victim) -> Seen:
-        tdr = victim.tdx().require_tdr()
-        results = [scene.seamcall(Leaf.MEM_RD, rcx=SECRET_GPA + at, rdx=tdr) for at in range(0, LINE, 8)]
-        return Seen(b"".join(regs.r8.to_bytes(8, "little") for regs in results), "the module with the back door runs")
-
-    return scene.under_attack(act)
-
-
-@attack(
-    "sigstruct-forged",
-    "control",
-    title="The host claims a higher security version for the module",
-    promise="The SVN is under the vendor's signature: EBADSIG.",
-    expected=Outcome.STOPPED,
-    unprotected=_ANY_SIGNER,
-)
-def sigstruct_forged(scene: Scene) -> Observation:
-    """The genuine image, with a SIGSTRUCT whose SVN the attacker raised: edited, and signed anew with another key."""
-    genuine = development_release()
-    edited = SeamSigstruct(bytearray(genuine.sigstruct))
-    edited.seamsvn += 1
-    higher = (SEAM_SVN[0] + 1, SEAM_SVN[1])
-    refused = []
-    for release in (Release(genuine.image, bytes(edited.view)), _signed(genuine.image, _attackers_key(), higher)):
-        try:
-            identity = _host_with(scene, release).platform.seamops.identity
-        except TdxUnavailableError as error:
-            refused.append(str(error))
-        else:
-            assert identity is not None
-            svn = identity.tee_tcb_svn[0]
-            return Observation(Outcome.CORRUPTED, f"the module of SVN {SEAM_SVN[0]} reports SVN {svn}")
-    return Observation(Outcome.STOPPED, "; ".join(refused))
-
-
-@attack(
-    "svn-rollback",
-    "control",
-    title="The host replaces the running module by an older one",
-    promise="TDs live on under a module of the same or a higher SVN only: an update to a lower one is refused.",
-    expected=Outcome.STOPPED,
-    unprotected="a platform on which no module runs yet: there only attestation tells the old module",
-)
-def svn_rollback(scene: Scene) -> Observation:
-    """An old, genuinely signed module with a known hole is offered as an update (SEAMLDR.INSTALL, scenario UPDATE)."""
-    older = _signed(development_release().image, development_key(), (SEAM_SVN[0] - 1, SEAM_SVN[1]))
-    host = Host(Platform(scene.description))
-    scenario = SeamldrScenario.LOAD
-    if scene.protected:
-        host.enable_tdx(development_release())
-        scenario = SeamldrScenario.UPDATE
-    else:
-        launch_np_seamldr(host.platform)
-    status = _install(host, older, scenario)
-    if status is SeamldrStatus.SUCCESS:
-        return Observation(Outcome.CORRUPTED, f"the module of SVN {SEAM_SVN[0] - 1} is installed")
-    return Observation(Outcome.STOPPED, f"SEAMLDR.INSTALL: {status.name}")
-
-
-def _install(host: Host, release: Release, scenario: SeamldrScenario) -> SeamldrStatus:
-    pages = len(release.image) // PAGE
-    image, sigstruct, at = host.memory.alloc(pages), host.memory.alloc(), host.memory.alloc()
-    host.memory.write(image, release.image)
-    host.memory.write(sigstruct, release.sigstruct)
-    params = SeamldrParams()
-    params.scenario, params.sigstruct_pa, params.num_module_pages = scenario, sigstruct, pages
-    unused = len(params.module_pages) - pages
-    params.module_pages = [image + i * PAGE for i in range(pages)] + [0] * unused
-    host.memory.write(at, bytes(params.view))
-    status = SeamldrStatus.SUCCESS
-    for lp in host.platform.lps:
-        status = SeamldrStatus(lp.seamcall(Registers(rax=SeamldrLeaf.INSTALL, rcx=at)).rax)
-    return status

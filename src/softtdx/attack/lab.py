@@ -29,7 +29,10 @@ __all__ = [
     "run_attack",
 ]
 
-_FAMILIES = ("memory", "mapping", "control", "vcpu", "attestation")
+_HOMES = (
+    "memory", "mapping", "races", "control", "caches", "parameters", "modes", "module_image", "vcpu", "events",
+    "stepping", "replies", "attestation",
+)  # fmt: skip
 _registry: dict[str, "Attack"] = {}
 
 
@@ -123,9 +126,9 @@ def attack(
 
 
 def all_attacks() -> list[Attack]:
-    """Every attack, in the order of families and files."""
-    for family in _FAMILIES:
-        importlib.import_module(f"softtdx.attack.{family}")
+    """Every attack, in the order of its files, by family."""
+    for home in _HOMES:
+        importlib.import_module(f"softtdx.attack.{home}")
     return list(_registry.values())
 
 

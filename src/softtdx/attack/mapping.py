@@ -28,6 +28,20 @@ def _forged_page(scene: Scene) -> int:
     return page
 
 
+def drop_and_give_anew(scene: Scene, victim: Victim) -> str:
+    """BLOCK, TRACK, an exit, REMOVE, and AUG of the same page: what the secret's GPA leads to is pending now."""
+    tdr, old = victim.tdx().require_tdr(), victim.pa()
+    before = [(Leaf.MEM_RANGE_BLOCK, {"rcx": SECRET_GPA, "rdx": tdr}), (Leaf.MEM_TRACK, {"rcx": tdr})]
+    after = [
+        (Leaf.MEM_PAGE_REMOVE, {"rcx": SECRET_GPA, "rdx": tdr}),
+        (Leaf.MEM_PAGE_AUG, {"rcx": SECRET_GPA, "rdx": tdr, "r8": old}),
+    ]
+    said = [say(leaf, scene.seamcall(leaf, **operands)) for leaf, operands in before]
+    victim.leave()
+    said += [say(leaf, scene.seamcall(leaf, **operands)) for leaf, operands in after]
+    return ", ".join(said)
+
+
 @attack(
     "sept-overwrite",
     "mapping",
@@ -94,19 +108,7 @@ def drop_and_replace(scene: Scene) -> Observation:
             page = scene.host.memory.alloc(zero=True)
             _map_ordinary(victim, SECRET_GPA, page)
             return Seen(note="a page of zeroes is mapped instead")
-        tdr, old = victim.tdx().require_tdr(), victim.pa()
-        steps = [
-            (Leaf.MEM_RANGE_BLOCK, {"rcx": SECRET_GPA, "rdx": tdr}),
-            (Leaf.MEM_TRACK, {"rcx": tdr}),
-        ]
-        said = [say(leaf, scene.seamcall(leaf, **operands)) for leaf, operands in steps]
-        victim.leave()
-        for leaf, operands in (
-            (Leaf.MEM_PAGE_REMOVE, {"rcx": SECRET_GPA, "rdx": tdr}),
-            (Leaf.MEM_PAGE_AUG, {"rcx": SECRET_GPA, "rdx": tdr, "r8": old}),
-        ):
-            said.append(say(leaf, scene.seamcall(leaf, **operands)))
-        return Seen(note=", ".join(said))
+        return Seen(note=drop_and_give_anew(scene, victim))
 
     return scene.under_attack(act)
 

@@ -5,13 +5,14 @@ engine like those of any guest. The attacker acts between two of its instruction
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import TracebackType
 
 from softtdx._silicon import Memory
 from softtdx.abi.ghci import VmcallLeaf
-from softtdx.abi.leaves import SeamcallLeaf
+from softtdx.abi.leaves import LEAF_MASK, SeamcallLeaf
 from softtdx.abi.status import status_of
 from softtdx.attack.lab import Observation, Outcome, Side
 from softtdx.attack.probe import page_of
@@ -23,7 +24,7 @@ from softtdx.kvm.seamcalls import seamcall
 from softtdx.kvm.tdx import TdxVm
 from softtdx.kvm.tdx_vcpu import TdxVcpu
 from softtdx.kvm.vmx import VmxVcpu
-from softtdx.vmm import GuestError, MachineConfig
+from softtdx.vmm import GuestError, Machine, MachineConfig
 from softtdx.vmm.boot import boot_host
 from softtdx.vmm.python_guest import PythonGuest, Td
 
@@ -36,6 +37,9 @@ SECRET = hashlib.shake_256(b"what only the guest knows").digest(PAGE)
 _MEMORY = 1 << 20
 _ALL_CONTEXTS = 2
 _ENOUGH = 16  # bytes of the secret in a row: by chance they occur nowhere
+
+
+Seamcall = Callable[[Registers], Registers]
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,21 @@ class Victim:
     def pa(self, gpa: int = SECRET_GPA) -> int:
         """The DRAM address behind a page, which the host knows: it gave the page."""
         return page_of(self.machine, gpa)
+
+    def put_at(self, gpa: int, page: int) -> None:
+        """The host backs a GPA that the guest has not touched yet with this page, which it allocated."""
+        slot = self.machine.vm.memslots.find(gpa)
+        assert slot is not None
+        if slot.guest_memfd is None:
+            ept = self.machine.vm.ept
+            assert ept is not None
+            ept.map(gpa, page)
+            return
+        index = slot.file_offset(gpa) // PAGE
+        slot.guest_memfd.get_page(index)
+        old = slot.guest_memfd.replace(index, page)
+        if old is not None:
+            self.machine.host.memory.free(old)
 
     def flush(self) -> None:
         """INVEPT on the processor that the victim stands on."""
@@ -130,7 +149,9 @@ class Scene:
     Protected: a TD on a platform with cryptographic integrity. Unprotected: an ordinary VM on a platform without
     integrity; an attack on the DIMMs sets `bare_dram` first, which switches total memory encryption off there too, and
     an attack by way of the TDX module sets `debug_td`, so that the victim there is a TD with ATTRIBUTES.DEBUG.
-    With `always_td` it is an ordinary TD there too, and the attack says what else is missing.
+    With `always_td` it is an ordinary TD there too, and the attack says what else is missing; with `bare_td` that is
+    the integrity of memory, its cryptographic and its logical half. With `always_debug` the victim is a debug TD on
+    both sides: the call that reads its secret would succeed, if it were let through.
     """
 
     def __init__(self, side: Side) -> None:
@@ -139,6 +160,8 @@ class Scene:
         self.bare_dram = False
         self.debug_td = False
         self.always_td = False
+        self.bare_td = False
+        self.always_debug = False
         self._host: Host | None = None
 
     def __enter__(self) -> "Scene":
@@ -157,13 +180,15 @@ class Scene:
     @property
     def is_td(self) -> bool:
         """Whether the victim is a TD."""
-        return self.protected or self.debug_td or self.always_td
+        return self.protected or self.debug_td or self.always_td or self.bare_td or self.always_debug
 
     @property
     def description(self) -> PlatformDescription:
         """The machine of this side."""
         # Two guests may stand between two instructions at once, and the attacker needs a processor of his own.
         d = replace(preset("spr"), lps=4)
+        if self.bare_td and not self.protected:
+            return replace(d, integrity="none")
         return d if self.is_td else replace(d, integrity="none", tme=not self.bare_dram)
 
     @property
@@ -190,23 +215,57 @@ class Scene:
 
     def config(self) -> MachineConfig:
         """The victim's machine."""
-        return MachineConfig(memory=_MEMORY, vm=not self.is_td, debug_td=self.debug_td and not self.protected)
+        debug = self.always_debug or (self.debug_td and not self.protected)
+        return MachineConfig(memory=_MEMORY, vm=not self.is_td, debug_td=debug)
 
     def seamcall(self, leaf: SeamcallLeaf, **operands: int) -> Registers:
         """A SEAMCALL by the hostile host, on any free processor, its status not looked at."""
         with self.host.cpus.run() as lp:
             return seamcall(lp, leaf, **operands)
 
-    def under_attack(self, act: Callable[[Victim], Seen]) -> Observation:
-        """Start a victim, let `act` happen between two of its instructions, then let it read its secret."""
+    @contextmanager
+    def instead_of(
+        self, leaf: SeamcallLeaf, act: Callable[[LogicalProcessor, Registers, Seamcall], None]
+    ) -> Iterator[None]:
+        """While entered: where the host calls `leaf`, `act` is called instead, with its registers and the real call."""
+
+        def around(lp: LogicalProcessor, call: Seamcall) -> Seamcall:
+            def seamcall(regs: Registers) -> Registers:
+                if regs.rax & LEAF_MASK == leaf:
+                    act(lp, regs, call)
+                    return regs
+                return call(regs)
+
+            return seamcall
+
+        lps = self.host.platform.lps
+        before = [lp.seamcall for lp in lps]
+        for lp, call in zip(lps, before, strict=True):
+            lp.seamcall = around(lp, call)  # type: ignore[method-assign,assignment]
+        try:
+            yield
+        finally:
+            for lp, call in zip(lps, before, strict=True):
+                lp.seamcall = call  # type: ignore[method-assign]
+
+    def under_attack(self, act: Callable[[Victim], Seen], *, interrupts: bool = False) -> Observation:
+        """Start a victim, let `act` happen between two of its instructions, then let it read its secret.
+
+        With `interrupts` its vCPU has a local APIC.
+        """
         seen, view = Seen(), b""
 
         def program(td: Td) -> None:
             nonlocal seen, view
             seen = act(Victim(guest, td))
             view = td.read(SECRET_GPA, PAGE)
+            if interrupts:  # a guest with a local APIC halts for good, since an interrupt might come
+                machine.stop()
 
-        guest = PythonGuest(self.host, program, self.config())
+        machine = Machine(self.host, self.config())
+        if interrupts:
+            machine.vm.create_irqchip()
+        guest = PythonGuest(self.host, program, machine=machine)
         death = ""
         try:
             guest.run()

@@ -9,7 +9,7 @@ from softtdx.abi.leaves import SeamcallLeaf as Leaf
 from softtdx.abi.msrs import Msr
 from softtdx.attack.lab import Observation, Outcome, attack
 from softtdx.attack.scene import LINE, PAGE, SECRET, SECRET_GPA, SPARE_GPA, Scene, Seen, Victim, say
-from softtdx.hw import LogicalProcessor
+from softtdx.hw import LogicalProcessor, Registers
 from softtdx.vmm.python_guest import GuestException
 
 __all__: list[str] = []
@@ -21,6 +21,7 @@ _VALID, _ERROR_CODE, _HARDWARE_EXCEPTION = 1 << 31, 1 << 11, 3 << 8
 _RDRAND = 1 << 30  # CPUID(1).ECX
 _HALF_AN_HOUR = 1 << 42  # TSC ticks, about
 _LOW, _HIGH = (int.from_bytes(SECRET[at : at + 8], "little") for at in (0, 8))
+_ESCAPED = 0x10000  # the guest stopped where its Python program takes over
 _INSTRUCTION = 16  # the guest program's instructions lie this far apart
 _PRIMARY = "Primary Processor-Based VM-Execution Controls"
 
@@ -147,26 +148,76 @@ def vp_wr_rip(scene: Scene) -> Observation:
     return scene.under_attack(act)
 
 
+def _words(at: int) -> tuple[int, int]:
+    """Sixteen bytes of the secret as two words."""
+    return int.from_bytes(SECRET[at : at + 8], "little"), int.from_bytes(SECRET[at + 8 : at + 16], "little")
+
+
+_U32 = (1 << 32) - 1
+_MMX, _DEBUG = b"\x0f\x6f\x07\x0f\x6f\x4f\x08", b"\x0f\x23\xc0\x0f\x23\xcb"  # to MM0 and MM1; to DR0 and DR1
+_X87_IN_FXSAVE, _X87_SIZE = 32, 16
+
+
+def _fill_registers(victim: Victim) -> None:
+    """A piece of the secret in each kind of register that VMX does not switch by itself."""
+    td = victim.td
+    victim.touch(SPARE_GPA)
+    td.write(SPARE_GPA, (_MMX + td.escape).ljust(LINE, b"\xcc") + _DEBUG + td.escape)
+    td.execute(SPARE_GPA, rdi=SECRET_GPA + 32)
+    td.execute(SPARE_GPA + LINE, rax=_words(48)[0], rbx=_words(48)[1])
+    star, rest = _words(64)
+    td.wrmsr(Msr.STAR, star)
+    td.wrmsr(Msr.KERNEL_GS_BASE, rest & _U32)
+    td.wrmsr(Msr.LSTAR, rest >> 32)
+    td.processor.core.set_xmm(5, int.from_bytes(SECRET[16:32], "little"))
+
+
+def _look_at_registers(scene: Scene, lp: LogicalProcessor) -> dict[str, bytes]:
+    """The processor's register file, as the host's own instructions read it."""
+    core, page = lp.core, scene.host.memory.alloc(zero=True)
+    core.xsave(page, 1)
+    x87 = scene.memory.read(page + _X87_IN_FXSAVE, 2 * _X87_SIZE)
+    scene.host.memory.free(page)
+    msrs = core.rdmsr(Msr.STAR) or 0, core.rdmsr(Msr.KERNEL_GS_BASE) or 0, core.rdmsr(Msr.LSTAR) or 0
+    return {
+        "general registers": b"".join(value.to_bytes(8, "little") for value in core.gprs()),
+        "XMM": b"".join(core.xmm(i).to_bytes(16, "little") for i in range(16)),
+        "x87": x87[:8] + x87[_X87_SIZE : _X87_SIZE + 8],
+        "debug registers": b"".join(value.to_bytes(8, "little") for value in core.dr),
+        "MSRs": b"".join(value.to_bytes(size, "little") for value, size in zip(msrs, (8, 4, 4), strict=True)),
+    }
+
+
 @attack(
     "register-harvest",
     "control",
-    title="The host looks at the registers at an exit",
+    title="The host looks at every register at an exit",
     promise="TD exit clears every register but those that the TD passes by TDG.VP.VMCALL.",
     expected=Outcome.STOPPED,
     unprotected=_STATE,
 )
 def register_harvest(scene: Scene) -> Observation:
-    """The guest exits with a part of the secret in RSI and RDI; the host looks at what SEAMRET left it."""
-    learned = b""
+    """The guest exits with a piece of its secret in registers of each kind; the host reads all of them.
+
+    RSI and RDI, XMM5, MM0 and MM1, DR0 and DR1, IA32_STAR, IA32_LSTAR and IA32_KERNEL_GS_BASE; and in a TD what
+    SEAMRET left in the registers of the SEAMCALL.
+    """
+    looks: dict[str, bytes] = {}
 
     def act(victim: Victim) -> Seen:
-        def look(_: LogicalProcessor) -> None:
-            nonlocal learned
-            held = victim.tdx_vcpu().regs.values() if scene.is_td else victim.vmx_vcpu().gprs
-            learned = b"".join(value.to_bytes(8, "little") for value in held)
+        def look(lp: LogicalProcessor) -> None:
+            looks.update(_look_at_registers(scene, lp))
+            if scene.is_td:
+                regs = victim.tdx_vcpu().regs
+                looks["SEAMRET"] = b"".join(value.to_bytes(8, "little") for value in regs.values())
+                looks["SEAMRET"] += b"".join(value.to_bytes(16, "little") for value in regs.xmm)
 
+        _fill_registers(victim)
         victim.outside(look, rsi=_LOW, rdi=_HIGH)
-        return Seen(learned, "looked at all general registers")
+        if not scene.protected:
+            kept = [kind for kind, data in looks.items() if not Seen(data).has_secret]
+            assert not kept, f"an ordinary VM leaves nothing in its {kept}"
+        return Seen(b"".join(looks.values()), f"looked at {', '.join(looks)}")
 
     return scene.under_attack(act)
 
@@ -393,21 +444,49 @@ def shared_alias(scene: Scene) -> Observation:
 @attack(
     "enter-elsewhere",
     "control",
-    title="A second processor takes the vCPU's state and looks into it",
+    title="A second processor enters the vCPU's state with registers of its own choice",
     promise="A vCPU is on one processor at a time: others are told VCPU_STATE_INCORRECT or OPERAND_BUSY.",
     expected=Outcome.STOPPED,
-    unprotected="an ordinary VM, whose VMCS any processor may read",
+    unprotected="an ordinary VM, whose VMCS any processor may load",
 )
 def enter_elsewhere(scene: Scene) -> Observation:
-    """While the guest executes on one processor, another one enters the same vCPU and reads its memory."""
+    """The host enters the vCPU on another processor, at a load of the guest's own, with RSI at the secret.
 
-    def act(victim: Victim) -> Seen:
-        if not scene.protected:
-            return Seen(victim.td.processor.core.guest_read(SECRET_GPA, PAGE), "walked the guest's tables")
+    In an ordinary VM it is a copy of the VMCS: the clone executes the guest's instruction in the guest's address space
+    and hands over what it loaded.
+    """
+
+    def protected(victim: Victim) -> Seen:
         enter = scene.seamcall(Leaf.VP_ENTER, rcx=victim.tdvpr())
         flush = scene.seamcall(Leaf.VP_FLUSH, rcx=victim.tdvpr())
         assert enter.rax
         assert flush.rax
         return Seen(note=f"{say(Leaf.VP_ENTER, enter)}, {say(Leaf.VP_FLUSH, flush)}")
 
-    return scene.under_attack(act)
+    def ordinary(victim: Victim) -> Seen:
+        victim.td.load(SECRET_GPA)
+        load_at, learned = victim.td.last_instruction, b""
+
+        def clone(lp: LogicalProcessor) -> None:
+            nonlocal learned
+            vcpu, memory = victim.vmx_vcpu(), scene.host.memory
+            vcpu.flush()
+            copy = memory.alloc()
+            memory.write(copy, memory.read(vcpu.vmcs, PAGE))
+            other = next(cpu for cpu in scene.host.platform.lps if cpu is not lp).core
+            for at in range(0, LINE, 8):
+                other.vmptrld(copy)
+                other.vmwrite(vmcs.GUEST_RIP, load_at)
+                other.set_gprs(Registers(rsi=SECRET_GPA + at).values())
+                reason = other.vmenter(True)
+                assert reason & _ESCAPED, f"the clone left with reason {reason:#x}"
+                learned += other.gpr(0).to_bytes(8, "little")
+                other.vmclear(copy)
+                memory.write(copy, memory.read(vcpu.vmcs, PAGE))
+            memory.free(copy)
+            vcpu.load(lp)
+
+        victim.outside(clone)
+        return Seen(learned, "a clone of the vCPU executed the guest's load")
+
+    return scene.under_attack(protected if scene.protected else ordinary)

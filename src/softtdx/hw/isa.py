@@ -143,6 +143,10 @@ class SeamCpu:
         """WRMSR IA32_WBNOINVDP: write back this package's caches."""
         self._lp.platform.write_back_caches(self._lp.package)
 
+    def flush_page(self, pa: int) -> None:
+        """CLFLUSH of every line of a 4 KiB page, under the KeyID in `pa`."""
+        self._lp.platform.caches.flush(pa, 4096)
+
     # --- SEAMOPS
     def seamops_capabilities(self) -> int:
         """CAPABILITIES."""

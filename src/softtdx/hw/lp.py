@@ -1,6 +1,7 @@
 """A logical processor: its modes, and the instructions that lead from one to another."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -31,16 +32,19 @@ _LOCKED_BY_FIRMWARE = (Msr.MKTME_KEYID_PARTITIONING, Msr.TME_ACTIVATE, Msr.SEAMR
 
 
 class Mode(Enum):
-    """Where the processor executes. Non-root modes are inside `enter_guest`."""
+    """Where the processor executes. Non-root modes are inside `enter_guest`; the last three are for `executing_in`."""
 
     VMX_ROOT = "VMX root"
     SEAM_ROOT = "SEAM root"
     VMX_NON_ROOT = "VMX non-root"
     SEAM_NON_ROOT = "SEAM non-root"
+    OUTSIDE_VMX = "no VMX"  # before VMXON or after VMXOFF
+    USER = "user"  # VMX root operation, CPL 3
+    SMM = "system-management"
 
 
 # Finding a member of an Enum takes CPython 3.11 0.3 us, and a SEAMCALL changes modes several times.
-_VMX_ROOT, _SEAM_ROOT, _VMX_NON_ROOT, _SEAM_NON_ROOT = Mode
+_VMX_ROOT, _SEAM_ROOT, _VMX_NON_ROOT, _SEAM_NON_ROOT, _OUTSIDE_VMX, _USER, _SMM = Mode
 
 _NO_GPRS = (0,) * 16
 
@@ -85,14 +89,14 @@ class LogicalProcessor:
 
         Without `regs` the registers are given by name: `lp.seamcall(rax=33)`.
 
-        RAX bit 63 selects the P-SEAMLDR. Raises UndefinedOpcode outside VMX root mode, GeneralProtection before
-        SEAMRR is enabled, VmFail (VMfailInvalid) when the SEAM software asked for is not loaded, MachineCheck when
-        it consumed poison: then that software is gone for good.
+        RAX bit 63 selects the P-SEAMLDR. Raises UndefinedOpcode outside VMX root mode, GeneralProtection at CPL 3 and
+        before SEAMRR is enabled, VmFail (VMfailInvalid) when the SEAM software asked for is not loaded, MachineCheck
+        when it consumed poison: then that software is gone for good.
         """
         if regs is None:
             regs = Registers(**operands)
         if self.mode is not _VMX_ROOT:
-            raise UndefinedOpcode(f"SEAMCALL in {self.mode.value} mode")
+            raise self._wrong_mode("SEAMCALL")
         platform = self.platform
         if self._tsc_seen != platform.tsc:
             self._follow_tsc()
@@ -145,11 +149,27 @@ class LogicalProcessor:
         """TDCALL: #UD for root-mode software; a TD's own TDCALL is executed by the interpreter."""
         raise UndefinedOpcode(f"TDCALL in {self.mode.value} mode")
 
+    @contextmanager
+    def executing_in(self, mode: Mode) -> Iterator[None]:
+        """The host's software on this processor executes in OUTSIDE_VMX, USER or SMM for a while, and comes back."""
+        if self.mode is not _VMX_ROOT or mode not in (_OUTSIDE_VMX, _USER, _SMM):
+            raise ValueError(f"from {self.mode.value} mode to {mode.value} mode")
+        self.mode = mode
+        try:
+            yield
+        finally:
+            self.mode = _VMX_ROOT
+
+    def _wrong_mode(self, instruction: str) -> UndefinedOpcode | GeneralProtection:
+        """A privileged instruction of VMX root mode elsewhere: #GP(0) at CPL 3, else there is no such instruction."""
+        fault = GeneralProtection if self.mode is _USER else UndefinedOpcode
+        return fault(f"{instruction} in {self.mode.value} mode")
+
     # --- VMX
     def vmenter(self, launch: bool) -> int:
         """VMLAUNCH/VMRESUME by the host: an ordinary VM runs until its VM exit; returns the exit reason."""
         if self.mode is not _VMX_ROOT:
-            raise UndefinedOpcode(f"VMLAUNCH in {self.mode.value} mode by the host")
+            raise self._wrong_mode("VMLAUNCH")
         if self._tsc_seen != self.platform.tsc:
             self._follow_tsc()
         return self.enter_guest(launch)

@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from threading import Lock
 from typing import Final
 from weakref import WeakSet
@@ -18,6 +19,8 @@ from softtdx.abi.msrs import (
     Msr,
 )
 from softtdx.abi.structs import SysInfoTable
+from softtdx.hw import watch
+from softtdx.hw.caches import Caches
 from softtdx.hw.description import PlatformDescription, preset
 from softtdx.hw.dram import Dram
 from softtdx.hw.events import EventStream
@@ -86,6 +89,7 @@ class Platform:
         )
         self.memory.set_seamrr(*d.seamrr)
         self.dram = Dram(self.memory, d.ram)
+        self.caches = Caches(self.memory)
         self.events = EventStream()
         self.tsc = 0  # the furthest that any processor's TSC was seen at
         self.entropy = RandomSource(d.seed, "rdrand")
@@ -124,9 +128,20 @@ class Platform:
         return True
 
     def write_back_caches(self, package: int) -> None:
-        """IA32_WBNOINVDP: memory and caches are one here, so a write-back leaves nothing to do but be seen."""
+        """IA32_WBNOINVDP: what is held as dirty goes to DRAM."""
+        self.caches.write_back(package)
         if self.events.active:
             self.events.publish("cache_write_back", package)
+
+    def after_load(
+        self, address: int, size: int, act: Callable[[], None], *, skip: int = 0
+    ) -> AbstractContextManager[None]:
+        """While entered: `act` once, right behind a load of root-mode software that touches the DRAM range.
+
+        `skip` loads of it are let pass first. This is how another processor's store lands between two loads, in the
+        same place every time (see `hw.watch`).
+        """
+        return watch.after_load(self, address, size, act, skip)
 
     def release_escape(self, number: int) -> None:
         """Forget a hook of the escape instruction."""

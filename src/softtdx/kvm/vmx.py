@@ -58,6 +58,7 @@ _MSR_BITMAP_WRITE = (Msr.X2APIC_TPR, Msr.X2APIC_EOI, Msr.X2APIC_SELF_IPI)
 _IN_VMCS: dict[int, int] = {Msr.EFER: vmcs.GUEST_IA32_EFER, Msr.PAT: vmcs.GUEST_IA32_PAT}
 _PPR = 0xA0  # in the virtual-APIC page
 _VALID = 1 << 31  # of interruption information
+_UD = _VALID | 3 << 8 | 6
 _VECTORING_UNDEFINED = 1 << 12
 _BLOCKED_BY_NMI = 8
 _IF = 9  # of RFLAGS
@@ -385,6 +386,11 @@ class VmxVcpu(VcpuOps):
         self._skip(lp)
         return True
 
+    def _undefined(self, lp: LogicalProcessor) -> bool:
+        """SEAMCALL exits whenever the host is in VMX operation; for the guest there is no such instruction: #UD."""
+        lp.core.vmwrite(vmcs.ENTRY_INTERRUPTION_INFO, _UD)
+        return True
+
     def _nothing(self, lp: LogicalProcessor) -> bool:
         self._skip(lp)
         return True
@@ -668,4 +674,6 @@ _HANDLERS: dict[int, Callable[[VmxVcpu, LogicalProcessor], bool]] = {
     ExitReason.XSETBV: VmxVcpu._xsetbv,
     ExitReason.WBINVD: VmxVcpu._nothing,
     ExitReason.INVD: VmxVcpu._nothing,
+    ExitReason.SEAMCALL: VmxVcpu._undefined,
+    ExitReason.TDCALL: VmxVcpu._undefined,
 }

@@ -15,7 +15,7 @@ EPTP_5_LEVELS: Final = 4 << 3
 
 
 class GuestMemory:
-    """Reads and writes as a TD's own loads and stores would."""
+    """Reads and writes the page that the S-EPT has for a GPA, in whatever state. LookupError when it has none."""
 
     def __init__(self, platform: Platform, module: TdxModule) -> None:
         """Of the TDs of `module`."""
@@ -55,9 +55,9 @@ class GuestMemory:
         top = 4 if self._word(pages[0] + tdcs.EPTP) & 7 << 3 == EPTP_5_LEVELS else 3
         for level in range(top, -1, -1):
             entry = self._word(table + (gpa >> 12 + 9 * level & 0x1FF) * 8)
-            if level == 0 or entry & LEAF:
-                if not entry & 7:
-                    raise LookupError(f"GPA {gpa:#x} of the TD {tdr_pa:#x} is not mapped")
+            if not entry & HPA or (level == 0 and not entry & LEAF):
+                raise LookupError(f"GPA {gpa:#x} of the TD {tdr_pa:#x} has no page")
+            if entry & LEAF:  # blocked or pending, it still is the TD's page
                 mask = (1 << 12 + 9 * level) - 1
                 return entry & HPA & ~mask | gpa & mask | key
             table = entry & HPA | key

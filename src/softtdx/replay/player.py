@@ -21,6 +21,7 @@ from greenlet import getcurrent, greenlet
 
 from softtdx._silicon import Core
 from softtdx.abi.status import Status, status_of
+from softtdx.hw.faults import SiliconFault
 from softtdx.hw.platform import Platform
 from softtdx.hw.registers import GPR_NAMES, Registers
 from softtdx.hw.seamops import SeamIdentity
@@ -86,7 +87,10 @@ class Player:
         elif step.get("who") == "host":
             self._host_step(step)
         else:
-            self._operation(step)
+            try:
+                self._operation(step)
+            except (LookupError, SiliconFault) as error:
+                self._count(step, str(step.get("op")), "", [("error", "none", f"{type(error).__name__}: {error}")])
 
     def _operation(self, step: Step) -> None:
         lp, op = self.platform.lps[0], step.get("op")

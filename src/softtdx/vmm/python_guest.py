@@ -91,6 +91,7 @@ class Td:
         self.is_td = False
         self.gpa_width = 0
         self.last_instruction = 0  # RIP of the instruction that a method of this class executed last
+        self.escape = b""  # the instruction that gives control back to the function: see `execute`
         self._lp: LogicalProcessor | None = None
         self._base_rsp = 0
         self._buffer_mapped = False
@@ -173,6 +174,10 @@ class Td:
         regs = self._execute("rdtsc", Registers())
         return regs.rdx << 32 | regs.rax
 
+    def execute(self, address: int, **registers: int) -> Registers:
+        """Machine code of the guest's own, which the function wrote there; it must end with the bytes of `escape`."""
+        return self._execute_at(address, Registers(**registers))
+
     # --- memory
     def load(self, address: int) -> int:
         """One load of 8 bytes."""
@@ -233,11 +238,14 @@ class Td:
         return self._lp.core
 
     def _execute(self, snippet: str, registers: Registers) -> Registers:
+        return self._execute_at(_SNIPPET[snippet], registers)
+
+    def _execute_at(self, address: int, registers: Registers) -> Registers:
         core = self._core()
         core.set_gprs(registers.values())
         core.set_live("rsp", self._base_rsp)
         core.set_live("rflags", _RFLAGS_RESERVED)
-        self.last_instruction = _SNIPPET[snippet]
+        self.last_instruction = address
         core.set_live("rip", self.last_instruction)
         self._hand_over()
         core = self._core()
@@ -332,7 +340,10 @@ class PythonGuest:
         self.machine = machine or Machine(host, _with_vcpus(base, len(functions)))
         self._vcpus = [_Vcpu(i, function) for i, function in enumerate(functions)]
         self._hook = self._claim_hook()
-        image = PAYLOADS["pyguest"].replace(_ESCAPE, _ESCAPE[:_HOOK_AT] + bytes([self._hook]) + _ESCAPE[_HOOK_AT + 1 :])
+        escape = _ESCAPE[:_HOOK_AT] + bytes([self._hook]) + _ESCAPE[_HOOK_AT + 1 :]
+        for vcpu in self._vcpus:
+            vcpu.td.escape = escape
+        image = PAYLOADS["pyguest"].replace(_ESCAPE, escape)
         try:
             self.machine.load_contents([(FIRMWARE_BASE, image)])
         except BaseException:

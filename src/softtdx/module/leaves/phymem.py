@@ -108,6 +108,7 @@ def phymem_page_wbinvd(call: Call) -> None:
     PAGE_METADATA_INCORRECT (all RCX).
     """
     lock_page_any(call, call.regs.rcx & ~call.g.hkid_mask, PageType.NDA, SHARED, Operand.RCX)
+    call.cpu.flush_page(call.regs.rcx)
 
 
 @seamcall(SeamcallLeaf.PHYMEM_CACHE_WB)
