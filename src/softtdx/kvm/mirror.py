@@ -61,7 +61,7 @@ class SecureEpt:
         self.last_node: dict[int, int] = {}  # GPA -> node that asked for it last, where that was not its own
         self._leaves: tuple[dict[int, Mapping], dict[int, Mapping], dict[int, Mapping]] = ({}, {}, {})
         self._tables: dict[tuple[int, int], int] = {}  # (level of the entry that points to it, its GPA) -> page
-        self.leaked_pages: list[int] = []
+        self.leaked_pages: dict[int, int] = {}  # that the module did not give back: start and number of pages
 
     # --- reading the mirror
     def lookup(self, gpa: int) -> Mapping | None:
@@ -385,10 +385,25 @@ class SecureEpt:
                 self._memory.free(page)
         self._tables.clear()
 
+    def reclaim_rest(self, lp: LogicalProcessor) -> list[tuple[int, int]]:
+        """Reclaim what was not yet, after the VM is gone: (start, number of pages) of what is nobody's now."""
+        back = []
+        for leaves in self._leaves:
+            for mapping in leaves.values():
+                self.leaked_pages[mapping.hpa] = 1 << 9 * mapping.level
+            leaves.clear()
+        self.leaked_pages.update(dict.fromkeys(self._tables.values(), 1))
+        self._tables.clear()
+        for page, pages in list(self.leaked_pages.items()):
+            del self.leaked_pages[page]
+            if self._reclaim(lp, page, pages):
+                back.append((page, pages))
+        return back
+
     def _reclaim(self, lp: LogicalProcessor, page: int, pages: int = 1) -> bool:
         regs = sc.phymem_page_reclaim(lp, page)
         if regs.rax:
-            self.leaked_pages.append(page)
+            self.leaked_pages[page] = pages
             return False
         self._memory.take_from_tdx(page, pages)
         lp.zero_page(page, pages)  # MOVDIR64B: clears poison too

@@ -44,6 +44,13 @@ class ModuleRelease(Protocol):
         """SEAM_SIGSTRUCT, 2048 bytes."""
 
 
+class UnfinishedTd(Protocol):
+    """A TD that is gone, of which the module has kept something."""
+
+    def finish(self) -> bool:
+        """Ask for it again; True when nothing is left."""
+
+
 @dataclass(frozen=True)
 class CpuidConfig:
     """A CPUID leaf that the host may configure, and which bits of it."""
@@ -97,6 +104,7 @@ class TdxHost:
         self.tdmrs: list[Tdmr] = []
         self.global_keyid = 0
         self._free_keyids: list[int] = []
+        self.unfinished: list[UnfinishedTd] = []
         self._lps_initialized: set[int] = set()
 
     # --- KeyIDs
@@ -121,6 +129,15 @@ class TdxHost:
         """How many TDs have one (nr_configured_hkid)."""
         return len(self.platform.description.private_keyids) - 1 - self.free_keyids
 
+    def retry_unfinished(self) -> int:
+        """Ask again for what the module kept of TDs that are gone; returns of how many it still keeps something.
+
+        The kernel leaks such KeyIDs and pages until the next boot. Here a module that refused, and does no more, gives
+        them back when the next TD is made, and before TDX is shut down.
+        """
+        self.unfinished = [td for td in self.unfinished if not td.finish()]
+        return len(self.unfinished)
+
     # --- enabling
     def enable(self, release: ModuleRelease) -> None:
         """Do every step. TdxUnavailableError names the first that fails; a half-initialised module stays unusable."""
@@ -141,6 +158,7 @@ class TdxHost:
 
         KvmError(EBUSY) while a TD exists. Pages that a TD had leaked are recovered too: their owner is gone.
         """
+        self.retry_unfinished()
         if self.keyids_in_use:
             raise KvmError(errno.EBUSY, "TDX cannot be shut down while a TD has a KeyID")
         self._require_all_processors()

@@ -375,7 +375,8 @@ class Vm:
     def close(self) -> None:
         """The last reference is gone: vCPUs, memory, keys, in the order that the module demands. No thread runs it.
 
-        KvmError, after everything else was freed, when the module would not give back what it has: that is leaked.
+        KvmError, after everything else was freed, when the module would not give back what it has: it is asked for
+        again later (TdxHost.retry_unfinished).
         """
         with self.mmu_lock:  # a pass over all VMs is through with this one, or finds it closed
             if self.closed:
@@ -395,13 +396,13 @@ class Vm:
             vcpu.ops.free()
             if vcpu.apic is not None:
                 vcpu.apic.free()
-        self.vcpus.clear()
         with self.mmu():
             for slot in list(self.memslots):
                 if slot.guest_memfd is not None:
                     slot.guest_memfd.unbind(slot.guest_memfd_offset)
                 self.memslots.remove(slot.slot)
         self.ops.destroy()
+        self.vcpus.clear()
         with self.mmu():
             if self.ept is not None:
                 self.ept.free()
