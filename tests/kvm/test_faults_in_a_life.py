@@ -1,6 +1,6 @@
 """A TD's whole life, and at every kind of SEAMCALL in it the module is busy, or fails: nothing is lost.
 
-A module that refuses at the end and does no more later gives back what it kept (TdxHost.retry_unfinished).
+A module that refuses at the end and does no more later gives back what it kept (Host.reap).
 """
 
 import threading
@@ -80,7 +80,7 @@ def answers(host, answer):
 
 
 def everything_is_back(host, free):
-    assert host.tdx.retry_unfinished() == 0
+    assert host.reap() == 0
     assert set(host.memory.tdx_pages()) == {"PAMT"}
     assert host.tdx.free_keyids == len(host.platform.description.private_keyids) - 1
     assert host.memory.free_pages == free
@@ -113,16 +113,6 @@ def test_every_leaf_is_busy_for_a_while_and_user_space_notices_nothing(host, lea
         everything_is_back(host, free)
 
 
-def test_every_leaf_fails_once_early_or_late_and_nothing_is_lost(host, leaves):
-    free = host.memory.free_pages
-    for number, count in leaves.items():
-        for at in {1, (count + 1) // 2, count}:
-            with answers(host, lambda leaf, n, number=number, at=at: FAILED if (leaf, n) == (number, at) else None):
-                errors = Life(host).live()
-            assert all(error.errno in (EIO, EINVAL, EBUSY) for error in errors), (Leaf(number), at, errors)
-            everything_is_back(host, free)
-
-
 def test_a_leaf_that_never_works_again_costs_nothing_once_it_does(host, leaves):
     free = host.memory.free_pages
     for number in leaves:
@@ -131,19 +121,17 @@ def test_a_leaf_that_never_works_again_costs_nothing_once_it_does(host, leaves):
         everything_is_back(host, free)
 
 
-def test_a_module_that_fails_at_the_end_is_asked_again_when_the_next_td_is_made(host):
+def test_a_module_that_fails_at_the_end_is_asked_again_when_the_next_td_ends(host):
     used = host.tdx.free_keyids
     with answers(host, lambda leaf, _n: FAILED if leaf == Leaf.MNG_KEY_FREEID else None):
         errors = Life(host).live()
-    assert [error.errno for error in errors] == [EIO]
-    assert host.tdx.free_keyids == used - 1
-    assert len(host.tdx.unfinished) == 1
-    with pytest.raises(KvmError), answers(host, lambda leaf, _n: FAILED if leaf == Leaf.MNG_KEY_FREEID else None):
-        host.disable_tdx()  # a TD still has a KeyID
-    with Build(host) as build:
-        build.init_vm()
-        assert not host.tdx.unfinished
+        assert [error.errno for error in errors] == [EIO]
         assert host.tdx.free_keyids == used - 1
+        with pytest.raises(KvmError) as error:
+            host.disable_tdx()  # a TD still has a KeyID
+        assert error.value.errno == EBUSY
+    Build(host).do(1).close()
+    assert host.tdx.free_keyids == used
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

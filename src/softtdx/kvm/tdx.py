@@ -18,7 +18,6 @@ from softtdx.abi.status import Status, status_of
 from softtdx.abi.structs import Attributes as TdAttributes
 from softtdx.abi.structs import ConfigFlags, TdParams
 from softtdx.abi.vmcs import EPTP_MT_WB, EPTP_WALK_4, EPTP_WALK_5
-from softtdx.hw import LogicalProcessor
 from softtdx.kvm import seamcalls as sc
 from softtdx.kvm.ept import Ept
 from softtdx.kvm.errors import KvmError, SeamcallError
@@ -99,10 +98,7 @@ class TdxVm(VmOps):
         self.xfam = 0
         self.levels = 4
         self.secure: SecureEpt
-        self._released = 0  # steps of `release` that were done
-        self._tdr_reclaimed = False  # but its lines are not flushed yet
-        self._kept: list[int] = []  # control pages that the module did not give back
-        self._last_vcpus: list[VcpuOps] = []  # of a TD that is gone, for `finish`
+        self._flushed = False
 
     @property
     def shared_bit(self) -> int:
@@ -140,7 +136,6 @@ class TdxVm(VmOps):
         if self.state is not TdState.UNINITIALIZED:
             raise KvmError(errno.EINVAL, "KVM_TDX_INIT_VM was done before")
         td_params, levels = self._td_params(params)
-        self.tdx.retry_unfinished()
         memory, cpus = self.vm.host.memory, self.vm.host.cpus
         self.hkid = self.tdx.alloc_keyid()
         try:
@@ -167,7 +162,11 @@ class TdxVm(VmOps):
                     code = errno.EINVAL if status_of(regs.rax) is Status.OPERAND_INVALID else errno.EIO
                     raise SeamcallError(code, Leaf.MNG_INIT, regs.rax, {"RCX": regs.rcx})
         except KvmError:
-            self._undo_init()
+            try:
+                self.release()
+                self._reclaim_control_pages()
+            except KvmError:
+                self.vm.mark_dead()  # its end tries again
             raise
         self.levels = levels
         self.attributes, self.xfam = td_params.attributes, td_params.xfam
@@ -175,16 +174,6 @@ class TdxVm(VmOps):
         self.vm.memslots.max_gpa = self.shared_bit
         self.vm.ept = Ept(memory, levels=levels, shared_bit=self.shared_bit)
         self.secure = SecureEpt(memory, tdr, levels, self.vm.kick_all, self.vm.mark_dead)
-
-    def _undo_init(self) -> None:
-        """What a KVM_TDX_INIT_VM that failed has made goes; when the module refuses that too, the VM is dead."""
-        try:
-            self.release()
-            self._reclaim_control_pages()
-        except KvmError:
-            self.vm.mark_dead()
-        if self.is_unfinished:
-            self.vm.mark_dead()
 
     def _td_params(self, init: TdxInitVm) -> tuple[TdParams, int]:
         caps, info = capabilities(self.tdx.sysinfo), self.tdx.sysinfo
@@ -293,95 +282,42 @@ class TdxVm(VmOps):
 
     # --- the end
     def release(self) -> None:
-        """Give the KeyID back (tdx_mmu_release_hkid): no vCPU is on a processor any more. Called again, it goes on."""
+        """Give the KeyID back (tdx_mmu_release_hkid): no vCPU is on a processor any more.
+
+        After a KvmError it can be called again, and goes on where it stopped.
+        """
         if self.hkid is None:
             return
         cpus, tdr = self.vm.host.cpus, self.tdr
         if tdr is not None:
             with cpus.run() as lp:
-                for step in (sc.mng_vpflushdone, self._write_caches_back, sc.mng_key_freeid)[self._released :]:
-                    step(lp, tdr)
-                    self._released += 1
+                if not self._flushed:
+                    sc.mng_vpflushdone(lp, tdr)
+                    self._flushed = True
+                for leader in cpus.package_leaders():
+                    cpus.call_on(leader, sc.phymem_cache_wb)
+                sc.mng_key_freeid(lp, tdr)
         self.tdx.free_keyid(self.hkid)
-        self.hkid, self._released = None, 0
-
-    def _write_caches_back(self, lp: LogicalProcessor, tdr: int) -> None:
-        """TDH.PHYMEM.CACHE.WB on every package."""
-        del lp, tdr
-        for leader in self.vm.host.cpus.package_leaders():
-            self.vm.host.cpus.call_on(leader, sc.phymem_cache_wb)
+        self.hkid = None
 
     def destroy(self) -> None:
-        """Reclaim the TD's memory and S-EPT, then TDCS, then TDR. What the module keeps is left to `finish`."""
-        if self.hkid is None:
-            if self._mirror is not None:
-                with self.vm.host.cpus.run() as lp:
-                    self._mirror.reclaim(lp)
-            self._reclaim_control_pages()
-        if self.is_unfinished:
-            self.tdx.unfinished.append(self)
-            self._last_vcpus = [vcpu.ops for vcpu in self.vm.vcpus.values()]
-        self.state = TdState.UNINITIALIZED
-
-    @property
-    def _mirror(self) -> SecureEpt | None:
-        """The S-EPT's mirror, also after the KeyID is gone; None when KVM_TDX_INIT_VM was never done."""
-        mirror: SecureEpt | None = self.__dict__.get("secure")
-        return mirror
-
-    @property
-    def is_unfinished(self) -> bool:
-        """Whether the module still has something of the TD that was to come back."""
-        kept = self._mirror is not None and self._mirror.leaked_pages
-        return self.hkid is not None or self.tdr is not None or bool(self._kept or kept)
-
-    def finish(self) -> bool:
-        """Ask once more for what the module would not give back when the TD ended. True when nothing is left.
-
-        Nobody else knows of these pages any more, so that those of the guest are freed here too.
-        """
-        try:
-            for vcpu in self._last_vcpus:
-                vcpu.flush()
-            self.release()
-        except KvmError:
-            return False
-        for vcpu in self._last_vcpus:
-            vcpu.free()
-        secure, memory = self._mirror, self.vm.host.memory
-        if secure is not None:
+        """Reclaim the TD's memory and S-EPT, then TDCS, then TDR."""
+        if self.state is not TdState.UNINITIALIZED:
             with self.vm.host.cpus.run() as lp:
-                for start, pages in secure.reclaim_rest(lp):
-                    memory.free(start, pages)
-        kept, self._kept = self._kept, []
-        for page in kept:
-            self.reclaim_page(page)
+                self.secure.reclaim(lp, self.tdx.reclaim_page)
         self._reclaim_control_pages()
-        return not self.is_unfinished
+        self.state = TdState.UNINITIALIZED
 
     def _reclaim_control_pages(self) -> None:
         for page in self.tdcs:
             self.reclaim_page(page)
         self.tdcs.clear()
-        if self.tdr is not None and self.reclaim_page(self.tdr, tdr=True):
+        if self.tdr is not None:
+            self.reclaim_page(self.tdr, tdr=True)
             self.tdr = None
 
-    def reclaim_page(self, page: int, *, tdr: bool = False) -> bool:
-        """PHYMEM.PAGE.RECLAIM and free. False for a page that the module keeps: the kernel cannot use it meanwhile."""
-        memory, description = self.vm.host.memory, self.vm.host.platform.description
+    def reclaim_page(self, page: int, *, tdr: bool = False) -> None:
+        """PHYMEM.PAGE.RECLAIM and free, of a page that is not the TD's memory."""
         with self.vm.host.cpus.run() as lp:
-            if not self._tdr_reclaimed and sc.phymem_page_reclaim(lp, page).rax:
-                if not tdr:
-                    self._kept.append(page)
-                return False
-            if tdr:
-                self._tdr_reclaimed = True
-                try:  # its lines were written with the module's own KeyID
-                    sc.phymem_page_wbinvd(lp, description.keyed(page, self.tdx.global_keyid))
-                except KvmError:
-                    return False
-                self._tdr_reclaimed = False
-            memory.take_from_tdx(page)
-            lp.zero_page(page)
-        memory.free(page)
-        return True
+            if self.tdx.reclaim_page(lp, page, tdr=tdr):
+                self.vm.host.memory.free(page)

@@ -15,7 +15,7 @@ from softtdx.abi.leaves import SeamldrLeaf
 from softtdx.abi.status import SeamldrStatus
 from softtdx.abi.structs import SeamldrParams
 from softtdx.errors import SoftTdxError
-from softtdx.hw import Platform, Registers
+from softtdx.hw import LogicalProcessor, Platform, Registers
 from softtdx.kvm import seamcalls as sc
 from softtdx.kvm.cpus import HostCpus
 from softtdx.kvm.errors import KvmError
@@ -42,13 +42,6 @@ class ModuleRelease(Protocol):
     @property
     def sigstruct(self) -> bytes:
         """SEAM_SIGSTRUCT, 2048 bytes."""
-
-
-class UnfinishedTd(Protocol):
-    """A TD that is gone, of which the module has kept something."""
-
-    def finish(self) -> bool:
-        """Ask for it again; True when nothing is left."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +84,16 @@ class BootReport:
     steps: list[tuple[str, float]] = field(default_factory=list)
 
 
+@dataclass(eq=False)
+class _Kept:
+    """A page of `pages` times 4 KiB that the module would not give back; `reclaimed`: only its flush is missing."""
+
+    page: int
+    pages: int
+    tdr: bool
+    reclaimed: bool = False
+
+
 class TdxHost:
     """TDX on this host: the module's facts, the KeyIDs that are free, and the PAMTs."""
 
@@ -104,8 +107,8 @@ class TdxHost:
         self.tdmrs: list[Tdmr] = []
         self.global_keyid = 0
         self._free_keyids: list[int] = []
-        self.unfinished: list[UnfinishedTd] = []
         self._lps_initialized: set[int] = set()
+        self._unreclaimed: list[_Kept] = []
 
     # --- KeyIDs
     def alloc_keyid(self) -> int:
@@ -129,14 +132,44 @@ class TdxHost:
         """How many TDs have one (nr_configured_hkid)."""
         return len(self.platform.description.private_keyids) - 1 - self.free_keyids
 
-    def retry_unfinished(self) -> int:
-        """Ask again for what the module kept of TDs that are gone; returns of how many it still keeps something.
+    # --- pages that the module would not give back
+    def reclaim_page(self, lp: LogicalProcessor, page: int, pages: int = 1, *, tdr: bool = False) -> bool:
+        """PHYMEM.PAGE.RECLAIM of a page of a TD that has ended; it is clean, and the caller's to free.
 
-        The kernel leaks such KeyIDs and pages until the next boot. Here a module that refused, and does no more, gives
-        them back when the next TD is made, and before TDX is shut down.
+        False when the module keeps it: it is no longer the caller's, and `reap` tries again.
         """
-        self.unfinished = [td for td in self.unfinished if not td.finish()]
-        return len(self.unfinished)
+        kept = _Kept(page, pages, tdr)
+        if not self._reclaim(lp, kept):
+            self._unreclaimed.append(kept)
+            return False
+        return True
+
+    def _reclaim(self, lp: LogicalProcessor, kept: "_Kept") -> bool:
+        try:
+            if not kept.reclaimed and sc.phymem_page_reclaim(lp, kept.page).rax:
+                return False
+            kept.reclaimed = True
+            if kept.tdr:
+                # Its lines were written with the module's own KeyID.
+                sc.phymem_page_wbinvd(lp, self.platform.description.keyed(kept.page, self.global_keyid))
+        except KvmError:
+            return False
+        self.memory.take_from_tdx(kept.page, kept.pages)
+        lp.zero_page(kept.page, kept.pages)  # MOVDIR64B: clears poison too
+        return True
+
+    def reap(self) -> int:
+        """Try again to get back what the module kept, in the order in which it was asked for; returns what it keeps.
+
+        A kernel lets such pages go for good. Here a TD's end may be begun again, so nothing is lost to one refusal.
+        """
+        if self._unreclaimed:
+            with self.cpus.run() as lp:
+                for kept in list(self._unreclaimed):
+                    if self._reclaim(lp, kept):
+                        self._unreclaimed.remove(kept)
+                        self.memory.free(kept.page, kept.pages)
+        return len(self._unreclaimed)
 
     # --- enabling
     def enable(self, release: ModuleRelease) -> None:
@@ -158,7 +191,6 @@ class TdxHost:
 
         KvmError(EBUSY) while a TD exists. Pages that a TD had leaked are recovered too: their owner is gone.
         """
-        self.retry_unfinished()
         if self.keyids_in_use:
             raise KvmError(errno.EBUSY, "TDX cannot be shut down while a TD has a KeyID")
         self._require_all_processors()
@@ -173,6 +205,7 @@ class TdxHost:
         for page in pages:
             self.memory.take_from_tdx(page)
             self.memory.free(page)
+        self._unreclaimed.clear()
         self.tdmrs.clear()
 
     def _require_all_processors(self) -> None:
