@@ -209,6 +209,10 @@ class HeldLocks:
         """(key, exclusive) of each."""
     def take(self, key: int, exclusive: bool) -> bool:
         """Takes a word if it is 0, or for a shared hold if neither held exclusively nor marked; else does nothing."""
+    def watch(self, key: int) -> None:
+        """Begins to watch a word that is held (IndexError), and no other any more."""
+    def take_watched(self, key: int) -> bool:
+        """Takes a free word exclusively if nobody has had it since it was watched; the watch goes on. Else False."""
     def take_all(self, entries: list[tuple[int, bool]]) -> bool:
         """All of them or, when one cannot be taken, none."""
     def take_page(self, core: Core, pa: int, path: PamtPath, exclusive: bool) -> tuple[int, int] | None:

@@ -17,7 +17,7 @@ from softtdx.attack.fuzz.calls import fresh
 from softtdx.attack.fuzz.feedback import Corpus
 from softtdx.attack.fuzz.walls import Walls
 from softtdx.attack.fuzz.world import Stage, World
-from softtdx.cli.campaign import campaign
+from softtdx.cli.campaign import _STEPS, campaign
 from softtdx.errors import SoftTdxError
 
 SLICE = {"seamcall": 4000, "tdcall": 2000, "guest": 500, "code": 500, "ioctl": 4000, "files": 4000, "loader": 300}
@@ -180,6 +180,16 @@ def test_a_campaign_merges_findings_and_survives_the_death_of_a_worker(tmp_path)
     assert CampaignState.load(path).describe() == state.describe()
 
 
+def hangs(target, seed, steps):
+    while True:
+        pass
+
+
+def test_a_worker_that_hangs_is_a_finding():
+    state = run_campaign([Job("files", 1, 10)], engine=LocalEngine(patience=0.2), worker=hangs)
+    assert set(state.findings) == {"files: the process died"}
+
+
 def test_a_campaign_goes_on_where_it_was(tmp_path):
     path = tmp_path / "state.json"
     first = run_campaign([Job("files", 1, 10)], state_file=path, worker=numbers)
@@ -211,6 +221,10 @@ def test_a_campaign_with_bad_arguments_is_refused(tmp_path):
         run_campaign([Job("nothing", 1, 1)])
     with pytest.raises(CampaignError, match="written"):
         run_campaign([Job("files", 1, 10)], worker=numbers, state_file=tmp_path / "no" / "such" / "folder")
+
+
+def test_the_command_knows_every_target():
+    assert set(_STEPS) == set(TARGETS) == set(SLICE) == set(NIGHT)
 
 
 def test_the_command_reports_as_json():

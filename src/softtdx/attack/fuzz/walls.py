@@ -16,6 +16,7 @@ from softtdx.abi.exits import ExitReason
 from softtdx.abi.ghci import VmcallLeaf
 from softtdx.abi.leaves import SeamcallLeaf, TdcallLeaf, rax_for
 from softtdx.abi.status import status_of
+from softtdx.abi.structs import PageType
 from softtdx.attack.fuzz.calls import Call, Operands, Recipe, change, fresh, kinds_of, resolve, sequence
 from softtdx.attack.fuzz.core import EDGES
 from softtdx.attack.fuzz.feedback import Corpus
@@ -25,11 +26,13 @@ from softtdx.hw import LogicalProcessor, Registers
 from softtdx.hw.faults import MachineCheck, VmFail
 from softtdx.hw.registers import GPR_NAMES
 from softtdx.module.registry import HOST_LEAVES
+from softtdx.module.state import SysState
 
 __all__ = ["Walls", "seamcalls", "tdcalls"]
 
 _STAGES: Final = (*Stage, *[Stage.POPULATED] * 9)
 _EARLY_CALLS, _POPULATED_CALLS = 150, 1500  # a world lasts
+_CALLS_AFTER_SHUTDOWN = 30
 _CHECK_EVERY = 24
 _COMPARE_EVERY = 48
 _VISIT = 24  # VM exits of a vCPU until an interrupt ends its visit
@@ -131,7 +134,9 @@ class Walls:
         self._inside: set[int] = set()
         self._visit: dict[int, int] = {}
         self._asked: dict[int, tuple[Call, int]] = {}
-        self._debug: dict[int, bool] = {}
+        self._debug: dict[int, bool] = {}  # by processor: the TD that it runs shows itself to the host
+        self._entered: dict[int, int] = {}  # processor -> TDVPR of the last TDH.VP.ENTER
+        self._bound: dict[int, int] = {}  # TDVPR -> processor on which it ran
         self._left = 0
         self.begin()
 
@@ -140,6 +145,7 @@ class Walls:
         self.world = World(self.rng, self.rng.choice(self.stages))
         self._left = _POPULATED_CALLS if self.world.stage is Stage.POPULATED else _EARLY_CALLS
         self._inside.clear()
+        self._bound.clear()
         self.host.forget_past()
         self.guest.forget_past()
         for lp in self.world.lps:
@@ -152,8 +158,9 @@ class Walls:
             self.begin()
         rng, world = self.rng, self.world
         if rng.random() < self.enters and world.stage is Stage.POPULATED:
-            tdvpr = rng.choice(world.numbers["tdvpr"])
-            self._host(Call(_VP_ENTER, 0, (("rcx", Recipe("number", tdvpr)),), rng.randrange(2)))
+            tdvpr = rng.choice(world.numbers["tdvpr"] if rng.randrange(8) == 0 else world.vcpus)
+            lp = rng.randrange(2) if rng.randrange(8) == 0 else self._bound.get(tdvpr, rng.randrange(2))
+            self._host(Call(_VP_ENTER, 0, (("rcx", Recipe("number", tdvpr)),), lp))
         else:
             self._host(self.host.next())
 
@@ -176,8 +183,7 @@ class Walls:
             self._call(call, lp, given)
         except BrokenInvariantError as error:
             shown = ", ".join(f"{name}={value:#x}" for name, value in given.items())
-            name = SeamcallLeaf(call.leaf).mnemonic if call.rax is None else f"RAX={call.rax:#x}"
-            raise BrokenInvariantError(f"{error} | {name} v{call.version} {shown}") from error
+            raise BrokenInvariantError(f"{error} | version {call.version}, {shown}") from error
 
     def _call(self, call: Call, lp: LogicalProcessor, given: dict[str, int]) -> None:
         rng, world = self.rng, self.world
@@ -195,7 +201,8 @@ class Walls:
                 setattr(regs, name, rng.choice(EDGES))  # the answer to a hypercall
             self._visit[lp.index] = rng.randrange(1, _VISIT)
             self._asked.pop(lp.index, None)  # its answer went with the TD exit
-            self._debug[lp.index] = world.oracle.is_debug(given.get("rcx", 0) & PAGE_MASK)
+            self._entered[lp.index] = tdvpr = given.get("rcx", 0) & PAGE_MASK
+            self._debug[lp.index] = world.oracle.is_debug(tdvpr)
         running = bool(self._inside)
         compare = not running and rng.randrange(_COMPARE_EVERY) == 0
         before = world.oracle.fingerprint(world.ranges) if compare else None
@@ -203,10 +210,12 @@ class Walls:
         try:
             lp.seamcall(regs)
         except (VmFail, MachineCheck) as error:
-            raise BrokenInvariantError(f"the TDX module shut down in leaf {rax & _LEAF}: {error}") from error
+            raise BrokenInvariantError(f"the TDX module shut down in {_mnemonic(rax)}: {error}") from error
         self._answered(call, regs, given, state)
         if before is not None and regs.rax & _ERROR and rax & _LEAF not in _MAY_CHANGE:
             self._unchanged(before, rax)
+        if world.oracle.state.sys_state == SysState.SHUTDOWN:
+            self._left = min(self._left, _CALLS_AFTER_SHUTDOWN)
         if not running:
             if rng.randrange(_CHECK_EVERY) == 0:
                 world.check()
@@ -217,7 +226,7 @@ class Walls:
         after = self.world.oracle.fingerprint(self.world.ranges)
         if after != before:
             at = [_difference(*pair) for pair in zip(before, after, strict=False) if pair[0] != pair[1]]
-            raise BrokenInvariantError(f"{SeamcallLeaf(rax & _LEAF).mnemonic} was refused and changed something | {at}")
+            raise BrokenInvariantError(f"{_mnemonic(rax)} was refused and changed something | {at}")
 
     def _state(self, given: dict[str, int]) -> tuple[object, ...]:
         """The state of what the operands name: part of the measure of coverage."""
@@ -228,7 +237,7 @@ class Walls:
             known = g.blocks.get(page >> 30) if not page & g.not_a_page & ~0xFFF else None
             level, kind, _ = oracle.pamt(page & PAGE_MASK) if known is not None else (0, -1, 0)
             kinds.append((level, kind))
-            if kind == 4:  # PT_TDR
+            if kind == PageType.TDR:
                 kinds.append(oracle.life_of(page & PAGE_MASK))
         return (g.sys_state, len(self._inside), *kinds)
 
@@ -249,6 +258,7 @@ class Walls:
         """The processor in non-root mode: what came back from the last exit, and the next one."""
         del launch
         core.vmwrite(vmcs.ENTRY_INTERRUPTION_INFO, core.vmread(vmcs.ENTRY_INTERRUPTION_INFO) & ~(1 << 31))  # delivered
+        self._bound[self._entered[lp.index]] = lp.index
         rng = self.rng
         asked = self._asked.pop(lp.index, None)
         if asked is not None:
@@ -344,6 +354,12 @@ def _difference(before: bytes, after: bytes) -> str:
     """The first bytes in which two structures differ."""
     at = next((n for n, pair in enumerate(zip(before, after, strict=False)) if pair[0] != pair[1]), 0) & -8
     return f"at {at:#x} {before[at : at + 16].hex()} became {after[at : at + 16].hex()}"
+
+
+def _mnemonic(rax: int) -> str:
+    """The leaf that a host's RAX names."""
+    leaf = rax & _LEAF
+    return SeamcallLeaf(leaf).mnemonic if leaf in HOST_LEAVES else f"leaf {leaf}"
 
 
 def _known(rax: int) -> None:
