@@ -7,6 +7,8 @@
 //! - exclusively: `LOCK CMPXCHG` from 0 to [`HELD`];
 //! - shared: `LOCK XADD` of [`READER`], if neither [`HELD`] nor [`MARK`] is set.
 //!
+//! Who gives a word back may watch it: until somebody takes it again it is known that what it protects did not change.
+//!
 //! What the mark means, and what is done when a word cannot be taken so, is software's affair: `load` and `cas`.
 
 use std::collections::HashMap;
@@ -41,12 +43,20 @@ impl Hasher for KeyHasher {
 
 type Rows = HashMap<u64, u64, BuildHasherDefault<KeyHasher>>;
 
+#[derive(Default)]
+struct Table {
+    rows: Rows,
+    /// (who watches, key), one a watcher.
+    watches: Vec<(usize, u64)>,
+    watchers: usize,
+}
+
 /// All words of one piece of SEAM software.
 #[derive(Default)]
-pub struct Words(Mutex<Rows>);
+pub struct Words(Mutex<Table>);
 
 /// The words while one instruction works on them: nobody else's comes in between.
-pub struct Bus<'w>(MutexGuard<'w, Rows>);
+pub struct Bus<'w>(MutexGuard<'w, Table>);
 
 impl Words {
     pub fn bus(&self) -> Bus<'_> {
@@ -57,6 +67,7 @@ impl Words {
     pub fn rows(&self) -> Vec<(u64, u64)> {
         self.bus()
             .0
+            .rows
             .iter()
             .map(|(key, word)| (*key, *word))
             .collect()
@@ -65,21 +76,47 @@ impl Words {
 
 impl Bus<'_> {
     pub fn load(&self, key: u64) -> u64 {
-        self.0.get(&key).copied().unwrap_or(0)
+        self.0.rows.get(&key).copied().unwrap_or(0)
     }
 
-    pub fn store(&mut self, key: u64, word: u64) {
+    fn store(&mut self, key: u64, word: u64) {
         if word == 0 {
-            self.0.remove(&key);
+            self.0.rows.remove(&key);
         } else {
-            self.0.insert(key, word);
+            self.0.rows.insert(key, word);
         }
+    }
+
+    /// A number for one who may watch a word.
+    pub fn new_watcher(&mut self) -> usize {
+        self.0.watchers += 1;
+        self.0.watchers
+    }
+
+    /// From now on `watcher`, who holds the word, watches it and no other.
+    pub fn watch(&mut self, watcher: usize, key: u64) {
+        self.0.watches.retain(|(who, _)| *who != watcher);
+        self.0.watches.push((watcher, key));
+    }
+
+    /// Takes a free word exclusively if nobody has had it since `watcher` began to watch it; the watch goes on.
+    pub fn take_watched(&mut self, watcher: usize, key: u64) -> bool {
+        let free = self.0.watches.contains(&(watcher, key)) && self.load(key) == 0;
+        if free {
+            self.store(key, HELD);
+        }
+        free
+    }
+
+    fn end_watches(&mut self, key: u64) {
+        self.0.watches.retain(|(_, watched)| *watched != key);
     }
 
     /// Compare and exchange; returns the word found.
     pub fn cas(&mut self, key: u64, old: u64, new: u64) -> u64 {
         let found = self.load(key);
         if found == old {
+            self.end_watches(key);
             self.store(key, new);
         }
         found
@@ -100,6 +137,7 @@ impl Bus<'_> {
             } else {
                 self.load(key).saturating_add(READER)
             };
+            self.end_watches(key);
             self.store(key, word);
         }
         free
@@ -139,7 +177,9 @@ mod tests {
     #[test]
     fn readers_share_and_a_mark_keeps_new_ones_out() {
         let words = Words::default();
-        assert!(words.bus().take(7, false) && words.bus().take(7, false));
+        for _ in 0..2 {
+            assert!(words.bus().take(7, false));
+        }
         assert_eq!(
             words.bus().cas(7, 2 * READER, (2 * READER) | MARK),
             2 * READER
@@ -150,6 +190,53 @@ mod tests {
         assert_eq!(words.rows(), [(7, MARK)]);
         assert_eq!(words.bus().release(7, false), Err(MARK));
         assert!(!words.bus().take(7, true));
+    }
+
+    #[test]
+    fn a_watch_ends_when_anybody_takes_the_word() {
+        let words = Words::default();
+        let a = words.bus().new_watcher();
+        let b = words.bus().new_watcher();
+        let again = |who| {
+            let mut bus = words.bus();
+            let taken = bus.take_watched(who, 7);
+            if taken {
+                assert!(!bus.take_watched(who, 7), "it is held");
+                assert_eq!(bus.release(7, true), Ok(()));
+            }
+            taken
+        };
+        let takes: [&dyn Fn(&mut Bus<'_>); 3] = [
+            &|bus| assert!(bus.take(7, true)),
+            &|bus| assert!(bus.take(7, false)),
+            &|bus| assert_eq!(bus.cas(7, 0, HELD), 0),
+        ];
+        for take in takes {
+            assert!(words.bus().take(7, true));
+            words.bus().watch(a, 7);
+            assert_eq!(words.bus().release(7, true), Ok(()));
+            assert!(again(a) && again(a));
+            assert!(!again(b));
+            assert!(words.bus().take(8, true));
+            assert_eq!(words.bus().release(8, true), Ok(()));
+            assert!(again(a));
+            take(&mut words.bus());
+            let mode = words.bus().load(7) == HELD;
+            assert_eq!(words.bus().release(7, mode), Ok(()));
+            assert!(!again(a));
+        }
+    }
+
+    #[test]
+    fn one_watches_one_word_and_a_mark_keeps_it() {
+        let words = Words::default();
+        words.bus().watch(1, 7);
+        words.bus().watch(1, 8);
+        assert!(!words.bus().take_watched(1, 7));
+        assert!(words.bus().take_watched(1, 8));
+        assert_eq!(words.bus().cas(8, HELD, HELD | MARK), HELD);
+        assert_eq!(words.bus().release(8, true), Ok(()));
+        assert!(!words.bus().take_watched(1, 8));
     }
 
     #[test]

@@ -132,7 +132,8 @@ class Core:
         """The processor's own deadline timer: an external interrupt at this TSC value. None disarms it."""
     def configure(self, **options: int | bool) -> None:
         """What this processor is: `tsc_real`, `tsc_hz`, `tsc_per_1024` (virtual TSC ticks for 1024 instructions),
-        `pa_bits`, `vmcs_revision`, `seed` (RDRAND), `cr4_valid`, `xcr0_valid`, `xss_valid`; unknown names raise
+        `pa_bits`, `vmcs_revision`, `seed` (RDRAND), `cr4_valid`, `xcr0_valid`, `xss_valid`, `sample`
+        (instructions from one entry of `samples()` to the next, 0 for none: its default); unknown names raise
         ValueError.
         """
     # --- VMX. Field encodings are the SDM's (Appendix B) and the TDX additions (shared EPTP 0x203C, HKID 0x4026).
@@ -171,6 +172,8 @@ class Core:
         """instructions, lookups, decoded, tlb_fills, exits, undefined (instructions that raised #UD for want of
         support), ... While the processor runs: as of its last exit or pause.
         """
+    def samples(self) -> list[tuple[int, int]]:
+        """(RIP, instructions) of the guests run since `configure(sample=n)`, the most first."""
     def undefined(self) -> list[str]:
         """The instructions, disassembled, that this interpreter could not do and so raised #UD (newest 100)."""
     trace: Callable[[str], None] | None
@@ -205,6 +208,10 @@ class HeldLocks:
         """(key, exclusive) of each."""
     def take(self, key: int, exclusive: bool) -> bool:
         """Takes a word if it is 0, or for a shared hold if neither held exclusively nor marked; else does nothing."""
+    def watch(self, key: int) -> None:
+        """Begins to watch a word that is held (IndexError), and no other any more."""
+    def take_watched(self, key: int) -> bool:
+        """Takes a free word exclusively if nobody has had it since it was watched; the watch goes on. Else False."""
     def take_all(self, entries: list[tuple[int, bool]]) -> bool:
         """All of them or, when one cannot be taken, none."""
     def take_page(self, core: Core, pa: int, path: PamtPath, exclusive: bool) -> tuple[int, int] | None:

@@ -180,6 +180,16 @@ def test_a_campaign_merges_findings_and_survives_the_death_of_a_worker(tmp_path)
     assert CampaignState.load(path).describe() == state.describe()
 
 
+def hangs(target, seed, steps):
+    while True:
+        pass
+
+
+def test_a_worker_that_hangs_is_a_finding():
+    state = run_campaign([Job("files", 1, 10)], engine=LocalEngine(patience=0.2), worker=hangs)
+    assert set(state.findings) == {"files: the process died"}
+
+
 def test_a_campaign_goes_on_where_it_was(tmp_path):
     path = tmp_path / "state.json"
     first = run_campaign([Job("files", 1, 10)], state_file=path, worker=numbers)

@@ -17,7 +17,7 @@ _READ_ALL = 8  # checks until plaintext is looked for
 
 @pytest.fixture
 def world():
-    world = World(random.Random(1), Stage.POPULATED)
+    world = World(random.Random(1), Stage.POPULATED, dynamic_pamt=False)
     world.check()
     return world
 
@@ -146,6 +146,16 @@ def test_a_contradiction_is_seen(world, defect):
     defect(world, td)
     with pytest.raises(BrokenInvariantError):
         look_at_all(world)
+
+
+def test_pages_that_dynamic_pamt_does_not_count_are_seen():
+    world = World(random.Random(1), Stage.POPULATED, dynamic_pamt=True)
+    world.check()
+    state = world.oracle.state
+    entry = (state.blocks[0].e2m & ~state.hkid_mask) + (world.ranges[0] >> 21) * 16 + 8
+    poke(world, entry, state.hkid, peek(world, entry, state.hkid) + 1)
+    with pytest.raises(BrokenInvariantError, match="counts"):
+        world.check()
 
 
 def test_a_fingerprint_tells_what_changed(world):

@@ -19,6 +19,14 @@ def fails(code, call, *args):
     assert error.value.errno == code, error.value
 
 
+def answered(call, *args):
+    """What a C program gets: a number, or the errno below 0."""
+    try:
+        return call(*args)
+    except KvmError as error:
+        return -error.errno
+
+
 def command(number, data=0, flags=0):
     return bytearray(struct.pack("<IIQQ", number, flags, data, 0))
 

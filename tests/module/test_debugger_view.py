@@ -5,14 +5,17 @@ from guest_script import interrupt, run
 from tdx_machine import ATTRIBUTES_DEBUG, NULL_PA, Leaf, Machine, Td, status, td_params
 
 from softtdx.abi.cpuid import find
+from softtdx.abi.exits import ExitReason
 from softtdx.abi.fields import L2_VMCS_CLASSES, CpuidFieldCode, table
 from softtdx.abi.status import Status
+from softtdx.abi.structs import TdParams
 from softtdx.abi.vmcs_field import VmcsField
 from softtdx.hw.faults import VmFail
 from softtdx.module.cpuid_config import CPUID_FIXED0_BITMAP
 
 L2_VMS = 1
 CPUID_VALUES = 0x9410_0003_0000_0000
+XFAM_LBR = 1 << 15
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +82,48 @@ def test_the_host_state_in_the_vmcs_is_made_at_the_first_entry_and_again_on_anot
     m.ok(Leaf.VP_FLUSH, rcx=tdvpr)
     assert m.ok(Leaf.VP_RD, lp=1, rcx=tdvpr, rdx=of_lp).r8 == 0
     assert m.ok(Leaf.VP_RD, lp=1, rcx=tdvpr, rdx=of_module).r8 == 1
+
+
+# --- values that no MSR takes
+@pytest.mark.parametrize(("name", "value", "msr"), [
+    ("IA32_DS_AREA", 1 << 47, 0x600),
+    ("IA32_DS_AREA", (1 << 64) - (1 << 48), 0x600),
+    ("IA32_DS_AREA", 1 << 63, 0x600),
+    ("IA32_UARCH_MISC_CTL", 2, 0x1B01),
+    ("IA32_TSC_AUX", 1 << 32, 0xC0000103),
+    ("IA32_SPEC_CTRL", 1 << 9, 0x48),
+    ("IA32_SPEC_CTRL", 1 << 63, 0x48),
+    ("IA32_LBR_DEPTH", 0, 0x14CF),
+    ("IA32_LBR_DEPTH", 33, 0x14CF),
+    ("IA32_LBR_DEPTH", 40, 0x14CF),
+    ("IA32_LBR_DEPTH", 128, 0x14CF),
+])  # fmt: skip
+def test_an_entry_with_a_value_that_no_msr_takes_ends_the_td_and_names_the_msr(name, value, msr):
+    params = TdParams.parse(td_params(attributes=ATTRIBUTES_DEBUG))
+    if name == "IA32_LBR_DEPTH":
+        params.xfam |= XFAM_LBR
+    td = Td.create(Machine(), params=bytes(params))
+    m, tdvpr = td.machine, td.finalize()
+    m.ok(Leaf.VP_WR, rcx=tdvpr, rdx=vp_field(name), r8=value, r9=NULL_PA)
+    regs = m.call(Leaf.VP_ENTER, rcx=tdvpr)
+    assert status(regs.rax) == (Status.NON_RECOVERABLE_TD_NON_ACCESSIBLE, ExitReason.ENTRY_FAILURE_MSR_LOADING)
+    assert (regs.rcx, regs.rdx, regs.r8, regs.r9) == (0, 3 | msr << 32, 0, 0)
+    m.fails(Leaf.VP_ENTER, Status.TD_FATAL, rcx=tdvpr)
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("IA32_DS_AREA", (1 << 47) - 8),
+    ("IA32_DS_AREA", (1 << 64) - (1 << 47)),
+    ("IA32_UARCH_MISC_CTL", 1),
+    ("IA32_TSC_AUX", 0xFFFF_FFFF),
+    ("IA32_SPEC_CTRL", 7),
+])  # fmt: skip
+def test_a_debuggers_value_that_an_msr_takes_is_there_after_a_run(name, value):
+    td = Td.create(Machine(), params=td_params(attributes=ATTRIBUTES_DEBUG))
+    m, tdvpr = td.machine, td.finalize()
+    m.ok(Leaf.VP_WR, rcx=tdvpr, rdx=vp_field(name), r8=value, r9=NULL_PA)
+    run(m.lps[0], tdvpr, interrupt())
+    assert read(td, vp_field(name)) == value
 
 
 # --- CPUID leaves that read as 0 and have no row

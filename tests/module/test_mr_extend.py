@@ -75,3 +75,39 @@ def test_two_tds_measured_in_turn_do_not_mix(machine, building):
             expected.update(record(b"MR.EXTEND", gpa) + content[gpa : gpa + 256])
         digests.append(expected.digest())
     assert [mrtd(building), mrtd(other)] == digests
+
+
+def test_what_another_processor_does_elsewhere_does_not_send_a_measurement_back_to_the_beginning(machine, building):
+    other = Td.create(machine)
+    other.add_path(0)
+    other.add_page(0, bytes(PAGE))
+    walks = count_walks(machine)
+    for gpa in range(0, PAGE, 256):
+        assert extend(building, gpa) == 0
+        assert extend(other, gpa, lp=1) == 0
+    assert walks() == 2
+
+
+@pytest.mark.parametrize("lp", [0, 1])
+def test_what_any_processor_does_to_the_td_is_looked_at_again(machine, building, lp):
+    walks = count_walks(machine)
+    assert extend(building, 0) == extend(building, 256) == 0
+    assert walks() == 1
+    machine.ok(Leaf.MNG_RD, lp=lp, rcx=building.tdr, rdx=0x1310_0003_0000_0000)
+    assert extend(building, 512) == extend(building, 768) == 0
+    assert walks() == 2
+
+
+def count_walks(machine):
+    """How many walks down an S-EPT the module made since."""
+    made = []
+    for n in (0, 1):
+        cpu = machine.platform.lps[n]._seam_cpu
+        walk = cpu.walk_ept
+
+        def counted(*operands, walk=walk):
+            made.append(operands)
+            return walk(*operands)
+
+        cpu.walk_ept = counted
+    return lambda: len(made)

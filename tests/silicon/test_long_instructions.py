@@ -90,6 +90,28 @@ def test_all_words_are_taken_or_none() -> None:
     assert words.rows() == {}
 
 
+def test_a_watched_word_is_taken_again_until_somebody_else_had_it() -> None:
+    words = LockWords()
+    mine, other = HeldLocks(words), HeldLocks(words)
+    with pytest.raises(IndexError):
+        mine.watch(5)
+    assert not mine.take_watched(5)
+    assert mine.take(5, True)
+    mine.watch(5)
+    assert not mine.take_watched(5)
+    mine.release_to()
+    for _ in range(2):
+        assert mine.take_watched(5)
+        assert mine.entries() == [(5, True)]
+        mine.release_to()
+    assert not other.take_watched(5)
+    assert other.take(5, False)
+    assert not mine.take_watched(5)
+    other.release_to()
+    assert not mine.take_watched(5)
+    assert words.rows() == {}
+
+
 def test_what_is_not_held_is_not_given_back() -> None:
     words = LockWords()
     held = HeldLocks(words)

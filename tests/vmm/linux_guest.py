@@ -43,16 +43,17 @@ class Boot:
     command_line: str
     kernel: bytes
     outside: bytes = b""
+    frames: list[bytes] | None = None
 
     @property
     def text(self):
         return self.report["console"].replace("\r\n", "\n")
 
 
-def boot(command, *, vm=False, vcpus=1, files=None, append="quiet", memory=512 << 20, meanwhile=None):
+def boot(command, *, vm=False, vcpus=1, files=None, append="quiet", memory=512 << 20, meanwhile=None, network=None):
     """Boot Debian's kernel, run `command`, tear the machine down and check that nothing is left.
 
-    `meanwhile(machine)` runs beside it, outside; the TD then has an agent.
+    `meanwhile(machine)` runs beside it, outside; the TD then has an agent. `network` is what its eth0 is plugged into.
     """
     images = debian_images()
     description = preset("spr")
@@ -67,6 +68,8 @@ def boot(command, *, vm=False, vcpus=1, files=None, append="quiet", memory=512 <
     line = f"console=hvc0 panic=-1 {append}".strip()
     config = MachineConfig(memory=memory, vm=vm, vcpus=vcpus, agent=agent)
     with LinuxMachine(host, config, quoting=quoting) as machine, ThreadPoolExecutor(1) as pool:
+        if network is not None:
+            machine.add_network(network.plug, bytes.fromhex("525400000001"))
         machine.load_kernel(kernel, initrd, line)
         beside = pool.submit(meanwhile, machine) if agent else None
         result = machine.run()

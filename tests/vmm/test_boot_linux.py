@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from echo_host import EchoHost
 from linux_guest import boot
 
 from softtdx.abi.structs import TdReport
@@ -20,6 +21,7 @@ COMPLAINTS = re.compile(r"unexpected #VE|oops|BUG:|WARNING:|Call Trace|unchecked
 OUTSIDE = b"asked for from outside".ljust(64, b"\0")
 SCRIPT = """
 read line
+ip link set eth0 up && ip addr add 10.0.0.1/24 dev eth0 && ping -c 3 -w 60 10.0.0.2
 echo '<dmesg>'; dmesg; echo '</dmesg>'
 mkdir /sys/kernel/config/tsm/report/q
 head -c 64 /dev/zero | tr '\\0' A > /sys/kernel/config/tsm/report/q/inblob
@@ -54,8 +56,9 @@ def td(report_program):
         finally:
             machine.type(b"go on\n")
 
-    done = boot(SCRIPT, files=files, meanwhile=ask)
-    done.outside = outside[0]
+    network = EchoHost()
+    done = boot(SCRIPT, files=files, meanwhile=ask, network=network)
+    done.outside, done.frames = outside[0], network.heard
     return done
 
 
@@ -105,6 +108,11 @@ def test_the_agent_in_the_guest_takes_a_quote_for_who_asks_outside(td):
     body = Quote.parse(td.outside).body
     assert body.report_data == OUTSIDE
     assert [value.hex() for value in body.rtmrs] == td.report["rtmrs"]
+
+
+def test_the_guest_reaches_the_network_through_shared_memory(td):
+    assert "3 packets transmitted, 3 packets received" in td.text
+    assert {frame[6:12].hex(":") for frame in td.frames} == {"52:54:00:00:00:01"}
 
 
 def test_the_event_log_explains_the_rtmrs_of_the_quote(td):

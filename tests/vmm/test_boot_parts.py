@@ -1,6 +1,7 @@
 """What a Linux boot is made of: kernel images, ACPI tables, the boot window, archives, package names."""
 
 import contextlib
+import json
 import shutil
 import struct
 import subprocess
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from softtdx.attest.eventlog import parse_ccel
 from softtdx.errors import SoftTdxError
 from softtdx.vmm import MachineError, PayloadError
-from softtdx.vmm.images import cached_images, newest_kernel, pull_images
+from softtdx.vmm.images import MODULES, cached_images, newest_kernel, pull_images
 from softtdx.vmm.linux.acpi import build_tables
 from softtdx.vmm.linux.bzimage import load_bzimage, parse_bzimage
 from softtdx.vmm.linux.cpio import Archive
@@ -222,14 +223,31 @@ def test_the_initramfs_runs_the_command_it_was_given(tmp_path):
         build_initramfs(images, "true", {"root/x": tmp_path / "missing"})
 
 
+def test_only_an_initramfs_with_an_agent_listens_to_the_host(tmp_path):
+    images = images_in(tmp_path)
+    found = [init_of(build_initramfs(images, "true", agent=agent)) for agent in (False, True)]
+    assert b"hvc2" not in found[0]
+    assert b"serve <> /dev/hvc2" in found[1]
+    assert b"sed 's/../\\\\x&/g'" in found[1]  # what the shell's printf makes bytes of
+
+
+def init_of(archive):
+    return {name: data for name, _, data in members(archive)}["init"]
+
+
+def test_a_cache_that_lacks_what_is_needed_today_does_not_count(tmp_path):
+    assert images_in(tmp_path, wanted=["tsm"]) is None
+    (tmp_path / "images.json").write_text('{"package": "p", "kernel": "k", "busybox": "b", "modules": []}')
+    assert cached_images(tmp_path) is None
+
+
 # --- packages
-def images_in(folder):
+def images_in(folder, **changes):
     (folder / "r").mkdir()
     for name in ("vmlinuz", "busybox", "tsm.ko"):
         (folder / "r" / name).write_bytes(name.partition(".")[0].encode())
-    (folder / "images.json").write_text(
-        '{"package": "p", "kernel": "r/vmlinuz", "busybox": "r/busybox", "modules": ["r/tsm.ko"]}'
-    )
+    manifest = {"package": "p", "wanted": list(MODULES), "kernel": "r/vmlinuz", "busybox": "r/busybox"}
+    (folder / "images.json").write_text(json.dumps(manifest | {"modules": ["r/tsm.ko"]} | changes))
     return cached_images(folder)
 
 

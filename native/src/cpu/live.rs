@@ -124,13 +124,17 @@ impl Cpu {
             "cr4_valid" => o.cr4_valid = value,
             "xcr0_valid" => o.xcr0_valid = value,
             "xss_valid" => o.xss_valid = value,
+            "sample" => {
+                self.samples =
+                    (value != 0).then(|| Box::new(super::samples::Samples::new(value, self.icount)));
+            }
             "tsc_hz" | "tsc_per_1024" | "pa_bits" | "vmcs_revision" => {
                 return Err(format!("{name} cannot be {value:#x}"))
             }
             _ => {
                 return Err(format!(
                     "no option {name:?}; there are tsc_real, tsc_hz, tsc_per_1024, pa_bits, vmcs_revision, seed, \
-                     cr4_valid, xcr0_valid, xss_valid"
+                     cr4_valid, xcr0_valid, xss_valid, sample"
                 ))
             }
         }

@@ -25,6 +25,7 @@ pub mod msr;
 pub mod optimize;
 pub mod root;
 pub mod run;
+pub mod samples;
 pub mod segment;
 pub mod state;
 pub mod tlb;

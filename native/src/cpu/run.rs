@@ -148,6 +148,10 @@ impl Cpu {
         if self.step {
             return self.single(cache);
         }
+        if let Some(samples) = self.samples.as_mut().filter(|_| !due) {
+            // Not where something was due: such places would be seen more often than their share.
+            samples.look(self.rip, self.icount);
+        }
         self.look_at = if self.attention {
             // What is due cannot be done now: look again behind the next block.
             self.icount + 1

@@ -12,6 +12,7 @@ use super::ept::EptTlb;
 use super::ext::Ext;
 use super::flags::Lazy;
 use super::mem_access::{NO_PAGE, PAGES};
+use super::samples::Samples;
 use super::tlb::{Spaces, Tlb};
 use super::vmcs::Vmcs;
 use super::vmx_ctl::Controls;
@@ -409,6 +410,8 @@ pub struct Cpu {
 
     pub options: Options,
     pub counters: Counters,
+    /// The profile of what runs here, if somebody asked for one.
+    pub samples: Option<Box<Samples>>,
     pub undefined: VecDeque<String>,
     pub mem: Arc<Memory>,
     pub slot: Arc<CpuSlot>,
@@ -509,6 +512,7 @@ impl Cpu {
             preempt_at: None,
             options: Options::default(),
             counters: Counters::default(),
+            samples: None,
             undefined: VecDeque::new(),
             mem,
             slot,

@@ -443,6 +443,10 @@ impl Core {
         }
         Ok(counters)
     }
+    fn samples(&self) -> PyResult<Vec<(u64, u64)>> {
+        let samples = &self.cpu()?.samples;
+        Ok(samples.as_ref().map_or_else(Vec::new, |kept| kept.list()))
+    }
     fn undefined(&self) -> PyResult<Vec<String>> {
         Ok(self.cpu()?.undefined.iter().cloned().collect())
     }

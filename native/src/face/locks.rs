@@ -93,6 +93,7 @@ const KEY_1G: u64 = 2;
 #[pyclass(frozen, module = "softtdx._silicon")]
 pub struct HeldLocks {
     words: Arc<Words>,
+    watcher: usize,
     held: Mutex<Vec<(u64, bool)>>,
 }
 
@@ -108,8 +109,11 @@ impl HeldLocks {
 impl HeldLocks {
     #[new]
     fn new(words: &Bound<'_, LockWords>) -> HeldLocks {
+        let words = words.get().0.clone();
+        let watcher = words.bus().new_watcher();
         HeldLocks {
-            words: words.get().0.clone(),
+            words,
+            watcher,
             held: Mutex::default(),
         }
     }
@@ -136,6 +140,25 @@ impl HeldLocks {
         let taken = self.words.bus().take(key.0, exclusive);
         if taken {
             list.push((key.0, exclusive));
+        }
+        Ok(taken)
+    }
+
+    fn watch(&self, key: Key) -> PyResult<()> {
+        let list = self.list()?;
+        if !list.iter().any(|(held, _)| *held == key.0) {
+            let text = format!("lock {:#x} is not held", key.0);
+            return Err(PyIndexError::new_err(text));
+        }
+        self.words.bus().watch(self.watcher, key.0);
+        Ok(())
+    }
+
+    fn take_watched(&self, key: Key) -> PyResult<bool> {
+        let mut list = self.list()?;
+        let taken = self.words.bus().take_watched(self.watcher, key.0);
+        if taken {
+            list.push((key.0, true));
         }
         Ok(taken)
     }

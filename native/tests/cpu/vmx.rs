@@ -529,3 +529,28 @@ fn a_guest_that_stands_still_is_read_through_what_its_tables_are_now() {
     let read = m.cpu.guest_read(DATA, &mut found);
     assert!(read.is_err() || u64::from_le_bytes(found) != 2);
 }
+
+#[test]
+fn samples_say_where_the_instructions_went() {
+    let mut m = Machine::new();
+    let program = |a: &mut CodeAssembler| {
+        a.mov(ecx, 100_000).unwrap();
+        let mut again = a.create_label();
+        a.set_label(&mut again).unwrap();
+        a.dec(ecx).unwrap();
+        a.jnz(again).unwrap();
+        a.hlt().unwrap();
+    };
+    m.run(program);
+    assert!(m.cpu.samples.is_none());
+    m.cpu.configure("sample", 1000).unwrap();
+    assert_eq!(m.run(program), exit::HLT);
+    let list = m.cpu.samples.as_ref().unwrap().list();
+    // All of it is the loop; what came after the last sample is missing.
+    assert_eq!(list.len(), 1);
+    let (rip, count) = list[0];
+    assert_eq!(rip, CODE + 5);
+    assert!((198_000..=200_002).contains(&count), "{count}");
+    m.cpu.configure("sample", 0).unwrap();
+    assert!(m.cpu.samples.is_none());
+}

@@ -107,6 +107,6 @@ def run_campaign(
         for _ in range(where.tries - 1):  # whose worker died, or that waited when another's did: alone now
             lost = where.round(lost, worker, finished, alone=True) if lost else []
         for job in lost:
-            detail = f"the process died {where.tries} times in seed {job.seed} of {job.target}"
+            detail = f"the process died or hung {where.tries} times in seed {job.seed} of {job.target}"
             finished(job, Fuzzed(0, (Finding(job.target, job.seed, 0, f"{job.target}: the process died", detail),)))
     return state

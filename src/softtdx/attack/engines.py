@@ -4,6 +4,7 @@ An engine tries jobs once and says which of them were lost with a worker that di
 business.
 """
 
+import faulthandler
 import os
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ Worker = Callable[[str, int, int], Fuzzed]
 Finished = Callable[["Job", Fuzzed], None]
 
 _LOOPBACK = "127.0.0.1"
+_STDERR = 2
 _OBJECT_STORE = 80 << 20  # results are small; less than this Ray refuses
 
 
@@ -64,10 +66,11 @@ class LocalEngine:
 
     tries = 2
 
-    def __init__(self, workers: int = 1) -> None:
-        """On `workers` processes."""
+    def __init__(self, workers: int = 1, *, patience: float | None = None) -> None:
+        """On `workers` processes; one whose job takes more than `patience` seconds dies."""
         _at_least_one(workers)
         self._workers = workers
+        self._patience = patience
 
     def __enter__(self) -> "LocalEngine":
         """Itself."""
@@ -91,7 +94,7 @@ class LocalEngine:
             running: dict[Future[Fuzzed], Job] = {}
             try:
                 for job in jobs:
-                    running[pool.submit(worker, job.target, job.seed, job.steps)] = job
+                    running[pool.submit(_work, worker, job, self._patience)] = job
             except BrokenProcessPool:
                 lost = jobs[len(running) :]
             for future in as_completed(running):
@@ -113,12 +116,18 @@ class RayEngine:
 
     tries = 3
 
-    def __init__(self, workers: int | None = None, *, address: str | None = None) -> None:
-        """At most `workers` jobs at once, by default as many as the cluster has CPUs. CampaignError without Ray."""
+    def __init__(
+        self, workers: int | None = None, *, address: str | None = None, patience: float | None = None
+    ) -> None:
+        """At most `workers` jobs at once, by default as many as the cluster has CPUs; `patience` as for LocalEngine.
+
+        CampaignError without Ray.
+        """
         if workers is not None:
             _at_least_one(workers)
         self._workers = workers
         self._address = address
+        self._patience = patience
         self._ray = _import_ray(address)
 
     def __enter__(self) -> "RayEngine":
@@ -158,7 +167,7 @@ class RayEngine:
         while waiting or running:
             while waiting and len(running) < (1 if alone else self._slots()):
                 job = waiting.popleft()
-                running[task.remote(worker, job)] = job
+                running[task.remote(worker, job, self._patience)] = job
             (ready,), _ = ray.wait(list(running), num_returns=1)
             job = running.pop(ready)
             try:
@@ -172,8 +181,15 @@ class RayEngine:
         return lost
 
 
-def _work(worker: Worker, job: Job) -> Fuzzed:
-    return worker(job.target, job.seed, job.steps)
+def _work(worker: Worker, job: Job, patience: float | None) -> Fuzzed:
+    """In the worker. One that hangs prints where, and dies: the campaign takes both for the same."""
+    if patience is None:
+        return worker(job.target, job.seed, job.steps)
+    faulthandler.dump_traceback_later(patience, exit=True, file=_STDERR)
+    try:
+        return worker(job.target, job.seed, job.steps)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def _at_least_one(workers: int) -> None:

@@ -38,6 +38,7 @@ _PRESENT: Final = frozenset(
 _L2_TABLES: Final = frozenset({L2SeptState.NL_MAPPED, L2SeptState.NL_BLOCKED})
 _CONTROL: Final = frozenset({PageType.TDR, PageType.TDCX, PageType.TDVPR})
 _TD_OWNED: Final = frozenset({PageType.REG, PageType.TDCX, PageType.TDVPR, PageType.EPT})
+_LAST_LIFECYCLE, _LAST_OP_STATE = max(LifecycleState), max(OpState)
 _WORDS: Final = struct.Struct("<512Q")
 _TABLES_KEPT: Final = 512
 
@@ -117,9 +118,7 @@ class Oracle:
         found = {}
         for base in ranges:
             block = self.state.blocks.get(base >> 30)
-            if block is None:
-                continue
-            for level, at, raw in self._levels(block, base):
+            for level, at, raw in self._levels(block, base) if block is not None else ():
                 types = raw[2::ENTRY_SIZE]
                 for match in _USED.finditer(types):
                     index = match.start()
@@ -157,7 +156,13 @@ class Oracle:
         _, _, owner = self.pamt(page)
         if self.pamt(owner)[1] != PageType.TDR or not owner:
             return False
-        return bool(self.td(owner).identity[:1] and self.td(owner).identity[0] & Attributes.DEBUG)
+        _, op_state = self.life_of(owner)
+        if op_state <= OpState.UNINITIALIZED:
+            return False
+        hkid = self.state.hkid
+        (first,) = _FIRST.unpack(self._read(owner + tdr.TDCX_PA, 8, hkid))
+        (key,) = struct.unpack("<H", self._read(owner + tdr.HKID, 2, hkid))
+        return bool(self._read(first + tdcs.ATTRIBUTES, 1, key)[0] & Attributes.DEBUG)
 
     def td(self, pa: int) -> TdView:
         """The TD whose TDR is at `pa`."""
@@ -166,7 +171,7 @@ class Oracle:
         (children,) = struct.unpack_from("<Q", head, tdr.CHLDCNT)
         (count, lifecycle) = (struct.unpack_from("<I", head, at)[0] for at in (tdr.NUM_TDCX, tdr.LIFECYCLE_STATE))
         (hkid,) = struct.unpack_from("<H", head, tdr.HKID)
-        if count > tdcs.PAGES_MAX or lifecycle > max(LifecycleState):
+        if count > tdcs.PAGES_MAX or lifecycle > _LAST_LIFECYCLE:
             raise BrokenInvariantError(f"the TDR at {pa:#x} has {count} TDCX pages and life-cycle state {lifecycle}")
         pages = list(struct.unpack_from(f"<{count}Q", head, tdr.TDCX_PA))
         uuid = head[tdr.TD_UUID : tdr.TD_UUID + 32]
@@ -179,7 +184,7 @@ class Oracle:
     def _read_tdcs(self, view: TdView) -> None:
         first = self._read(view.tdcx[0], _PAGE, view.hkid)
         (op_state,) = struct.unpack_from("<I", first, tdcs.OP_STATE)
-        if op_state > max(OpState):
+        if op_state > _LAST_OP_STATE:
             raise BrokenInvariantError(f"the TD at {view.pa:#x} is in OP_STATE {op_state}")
         view.op_state = OpState(op_state)
         view.epoch, *counts = struct.unpack_from("<Q2H", first, tdcs.TD_EPOCH)
@@ -240,7 +245,7 @@ class Oracle:
         return found
 
     # --- judging
-    def check(self, ranges: Iterable[int], *, running: bool = False) -> dict[int, TdView]:
+    def check(self, ranges: Sequence[int], *, running: bool = False) -> dict[int, TdView]:
         """Everything that must hold. `ranges`: all the 2 MiB ranges that pages were given from. The TDs, by their TDR.
 
         `running`: a vCPU is inside, so that locks and epoch counters may be taken. Raises BrokenInvariantError.
@@ -252,10 +257,10 @@ class Oracle:
             return {}
         used = self.owned(ranges)
         tds = {pa: self.td(pa) for pa, (_, kind, _) in used.items() if kind == PageType.TDR}
-        self._check_owners(used, tds)
+        of_td = self._by_owner(used, tds)
+        self._check_pamt_pages(ranges, used)
         for view in tds.values():
-            mine = {pa: entry for pa, entry in used.items() if entry[2] == view.pa and entry[1] in _TD_OWNED}
-            self._check_pages(view, mine)
+            self._check_pages(view, of_td[view.pa])
             if not running and any(view.refcounts):
                 raise BrokenInvariantError(f"no vCPU of the TD at {view.pa:#x} runs, its epochs count {view.refcounts}")
             self._check_history(view)
@@ -272,10 +277,32 @@ class Oracle:
         if held:
             raise BrokenInvariantError(f"{len(held)} locks are held between calls: {held}")
 
-    def _check_owners(self, used: dict[int, tuple[int, int, int]], tds: dict[int, TdView]) -> None:
-        for pa, (_, kind, owner) in used.items():
-            if kind in _TD_OWNED and owner not in tds:
+    def _check_pamt_pages(self, ranges: Iterable[int], used: dict[int, tuple[int, int, int]]) -> None:
+        """Dynamic PAMT: the 2 MiB entry counts the pages in use below it."""
+        for base in ranges:
+            block = self.state.blocks.get(base >> 30)
+            if block is None or not block.dynamic:
+                continue
+            large = self.platform.memory.read(block.e2m + ((base & _1G - 1) >> 17), ENTRY_SIZE, seam=True)
+            if large[2] & 0x1F == PageType.PAMT:
+                count = struct.unpack_from("<H", large, 8)[0] & 0x3FF
+                pages = sum(base <= pa < base + _2M for pa in used)
+                if count != pages:
+                    raise BrokenInvariantError(f"the PAMT entry of {base:#x} counts {count} pages in use of {pages}")
+
+    def _by_owner(
+        self, used: dict[int, tuple[int, int, int]], tds: dict[int, TdView]
+    ) -> dict[int, dict[int, tuple[int, int, int]]]:
+        """The pages of each TD: every page that is in use has one."""
+        of_td: dict[int, dict[int, tuple[int, int, int]]] = {pa: {} for pa in tds}
+        for pa, entry in used.items():
+            _, kind, owner = entry
+            if kind not in _TD_OWNED:
+                continue
+            if owner not in of_td:
                 raise BrokenInvariantError(f"{PageType(kind).name} page {pa:#x} belongs to {owner:#x}, which is no TDR")
+            of_td[owner][pa] = entry
+        return of_td
 
     def _check_pages(self, view: TdView, mine: dict[int, tuple[int, int, int]]) -> None:
         """CHLDCNT, and for a TD with a key: the pages that PAMT gives it are those that its S-EPT names, once each."""

@@ -158,6 +158,13 @@ def _qemu(runs: int, boots: list[Figure]) -> Iterator[Figure]:
             yield Figure("boot", name, figure.value / qemu, "x", figure.low / qemu, figure.high / qemu, runs)
 
 
+def _profile() -> dict[str, int]:
+    from softtdx.vmm.linux.bench import bench_profile
+
+    return bench_profile()
+
+
+_PROFILE_ROWS = 25
 _ON_REQUEST = ("boot",)  # takes minutes, and packages from apt
 _SUITES: dict[str, Callable[[int], Iterator[Figure]]] = {
     "cpu": _cpu,
@@ -174,35 +181,54 @@ _SUITES: dict[str, Callable[[int], Iterator[Figure]]] = {
 @click.argument("suites", nargs=-1, metavar="[SUITE]...")
 @click.option("--runs", type=click.IntRange(1, 100), default=3, show_default=True, help="Runs of each; medians count.")
 @click.option("--vs", type=click.Choice(["qemu"]), help="Boot the same under QEMU's TCG too, and print the ratio.")
+@click.option("--profile", is_flag=True, help="Tell where the instructions of the boot go.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def bench(suites: tuple[str, ...], runs: int, vs: str | None, as_json: bool) -> None:
+def bench(suites: tuple[str, ...], runs: int, vs: str | None, profile: bool, as_json: bool) -> None:
     """Measure this machine.
 
     Suites: cpu (interpreter speed), seamcall (cost of leaves), build (TD build and teardown), kvm (memory,
     conversions, exits), mktme (encryption and integrity: the hot path, and when somebody looks), attest,
     and only when named boot (Debian's kernel in a TD and in a VM; with --vs qemu also under QEMU).
     """
+    if profile and "boot" not in suites:
+        raise click.UsageError("--profile looks at boots: softtdx bench boot --profile")
     if vs is not None and "boot" not in suites:
         raise click.UsageError("--vs compares boots: softtdx bench boot --vs qemu")
     for suite in suites:
         if suite not in _SUITES:
             raise click.UsageError(f"no suite is named {suite!r}; there are: {', '.join(_SUITES)}")
     figures: list[Figure] = []
+    places: dict[str, int] = {}
     console = Console(stderr=True)
     for suite in suites or [name for name in _SUITES if name not in _ON_REQUEST]:
         with console.status(f"measuring {suite} ..."):
             figures.extend(_SUITES[suite](runs))
             if suite == "boot" and vs is not None:
                 figures.extend(_qemu(runs, [f for f in figures if f.suite == suite]))
+            if suite == "boot" and profile:
+                places = _profile()
     if as_json:
+        extra = {"profile": places} if profile else {}
         machine = {"machine": host_platform.machine(), "python": host_platform.python_version(), "cpus": os.cpu_count()}
-        click.echo(json.dumps({**machine, "figures": [asdict(figure) for figure in figures]}))
+        click.echo(json.dumps({**machine, "figures": [asdict(figure) for figure in figures], **extra}))
         return
     table = Table("suite", "what", "median", "min", "max", "unit", title=f"medians of {runs}")
     for f in figures:
         digits = ".3f" if f.unit == "x" else ".3g"
         table.add_row(f.suite, f.name, f"{f.value:{digits}}", f"{f.low:{digits}}", f"{f.high:{digits}}", f.unit)
     Console().print(table)
+    if profile:
+        Console().print(_profile_table(places))
+
+
+def _profile_table(places: dict[str, int]) -> Table:
+    total = sum(places.values())
+    table = Table("where", "instructions", "share", title="a TD's boot to userspace, by sampling")
+    for name, count in list(places.items())[:_PROFILE_ROWS]:
+        table.add_row(name, f"{count / 1e6:.1f} M", f"{count / total:.1%}")
+    rest = list(places.values())[_PROFILE_ROWS:]
+    table.add_row(f"{len(rest)} other places", f"{sum(rest) / 1e6:.1f} M", f"{sum(rest) / total:.1%}")
+    return table
 
 
 COMMANDS = [bench]

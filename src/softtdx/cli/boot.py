@@ -20,6 +20,7 @@ from softtdx.vmm.linux.bzimage import BzImage, load_bzimage
 from softtdx.vmm.linux.initramfs import build_initramfs
 from softtdx.vmm.linux.machine import LinuxMachine, Stage
 from softtdx.vmm.linux.report import boot_report
+from softtdx.vmm.net import NetworkSpec
 from softtdx.vmm.quoting import QuotingService
 from softtdx.vmm.trace import write_trace
 
@@ -44,6 +45,9 @@ _CONSOLE = "console=hvc0 panic=-1"
     "--add", multiple=True, type=click.Path(), metavar="FILE", help="Put FILE into the guest's /root (repeatable)."
 )
 @click.option("--drive", type=click.Path(), metavar="FILE", help="A disk for the guest (/dev/vda).")
+@click.option(
+    "--net", metavar="socket:PATH", help="A network card (eth0) on a Unix socket that other machines share, or passt."
+)
 @click.option("--platform", type=click.Path(), metavar="FILE.toml", help="The machine to simulate.")
 @name_option
 @click.option("--trace", type=click.Path(), metavar="FILE", help="Write every wall crossing as JSON lines.")
@@ -59,6 +63,7 @@ def boot(
     command: str | None,
     add: tuple[str, ...],
     drive: str | None,
+    net: str | None,
     platform: str | None,
     name: str | None,
     trace: str | None,
@@ -72,6 +77,7 @@ def boot(
         raise SoftTdxError("--exec and --add need the initramfs that softtdx makes: leave --initrd out")
     if vm and debug_td:
         raise SoftTdxError("an ordinary VM has no ATTRIBUTES: --vm goes without --debug-td")
+    network = None if net is None else NetworkSpec.parse(net)
     agent = name is not None and not vm
     image, ramdisk = _images(kernel, initrd, command, add, agent=agent)
     description = describe(platform)
@@ -90,6 +96,8 @@ def boot(
         machine = stack.enter_context(LinuxMachine(host, config, console=terminal.output, quoting=quoting))
         stack.enter_context(announced(name, machine, Path(kernel).name if kernel is not None else "Linux"))
         machine.vm.idle_in_real_time = terminal.interactive
+        if network is not None:
+            stack.callback(machine.add_network(network.plug, network.mac).close)
         if drive is not None:
             machine.add_drive(stack.enter_context(_open_drive(drive)))
         machine.load_kernel(image, ramdisk, line)

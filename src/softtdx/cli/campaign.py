@@ -25,6 +25,7 @@ _ENGINES = ("local", "ray")
 @click.option("--workers", type=click.IntRange(1), help="Processes; default: one, or with ray one for each CPU.")
 @click.option("--engine", type=click.Choice(_ENGINES), default="local", show_default=True, help="Where they run.")
 @click.option("--ray-address", metavar="HOST:PORT", help="A Ray cluster to join; default: one on this machine.")
+@click.option("--patience", type=click.FloatRange(1), default=3600, show_default=True, help="Seconds for a seed.")
 @click.option("--state", type=click.Path(dir_okay=False), metavar="FILE", help="Keep what is done; goes on from there.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
 def campaign(
@@ -35,6 +36,7 @@ def campaign(
     workers: int | None,
     engine: str,
     ray_address: str | None,
+    patience: float,
     state: str | None,
     as_json: bool,
 ) -> int:
@@ -60,7 +62,11 @@ def campaign(
         def progress(now: CampaignState) -> None:
             status.update(f"{len(now.done)} of {len(jobs)} jobs, {now.steps:,} steps, {len(now.findings)} findings")
 
-        where = RayEngine(workers, address=ray_address) if engine == "ray" else LocalEngine(workers or 1)
+        where = (
+            RayEngine(workers, address=ray_address, patience=patience)
+            if engine == "ray"
+            else LocalEngine(workers or 1, patience=patience)
+        )
         file = Path(state) if state is not None else None
         result = run_campaign(jobs, engine=where, state_file=file, progress=progress)
     if as_json:

@@ -158,7 +158,7 @@ class Irqfds:
 
     def change(self, eventfd: Eventfd, gsi: int, flags: int) -> None:
         """KVM_IRQFD. EINVAL for flags, or for a resampler (there is no in-kernel I/O APIC); EBUSY when it is bound."""
-        if flags & ~IrqfdFlag.DEASSIGN:
+        if flags & ~int(IrqfdFlag.DEASSIGN):
             raise KvmError(errno.EINVAL, f"irqfd with flags {flags:#x}")
         if flags & IrqfdFlag.DEASSIGN:
             self._drop(lambda bound, number: bound is eventfd and number == gsi)

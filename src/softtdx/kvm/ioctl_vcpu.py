@@ -154,7 +154,7 @@ def _get_events(vcpu: Vcpu, arg: Argument) -> None:
 def _set_events(vcpu: Vcpu, arg: Argument) -> None:
     events, flag = arg.parse(wire.VcpuEventsStruct), VcpuEventFlag
     known = flag.VALID_NMI_PENDING | flag.VALID_SIPI_VECTOR | flag.VALID_SHADOW | flag.VALID_SMM
-    if events.flags & ~known:  # exception payloads and triple faults need capabilities that are not there
+    if events.flags & ~int(known):  # exception payloads and triple faults need capabilities that are not there
         raise KvmError(errno.EINVAL, f"vCPU events with flags {events.flags:#x}")
     if events.exception_injected and (events.exception_nr > _MAX_EXCEPTION or events.exception_nr == _NMI_VECTOR):
         raise KvmError(errno.EINVAL, f"exception {events.exception_nr}")

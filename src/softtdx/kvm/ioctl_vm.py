@@ -39,7 +39,7 @@ def _set_memory_region(process: "Process", vm: Vm, arg: Argument) -> None:
     if arg.request == Ioctl.SET_USER_MEMORY_REGION2:
         region, flags = arg.parse(wire.UserspaceMemoryRegion2), _ALL_SLOT_FLAGS
     else:
-        region, flags = arg.parse(wire.UserspaceMemoryRegion), _ALL_SLOT_FLAGS & ~MemorySlotFlag.GUEST_MEMFD
+        region, flags = arg.parse(wire.UserspaceMemoryRegion), _ALL_SLOT_FLAGS & ~int(MemorySlotFlag.GUEST_MEMFD)
     if region.flags & ~flags:
         raise KvmError(errno.EINVAL, f"memory slot flags {region.flags:#x}")
     if isinstance(region, wire.UserspaceMemoryRegion2) and region.flags & MemorySlotFlag.GUEST_MEMFD:

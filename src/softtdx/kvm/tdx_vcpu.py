@@ -12,7 +12,7 @@ from softtdx.abi.msrs import Msr
 from softtdx.abi.status import describe, status_of
 from softtdx.abi.vmcs import PinBased
 from softtdx.hw import LogicalProcessor, Registers
-from softtdx.kvm import emulate
+from softtdx.kvm import emulate, td_debug
 from softtdx.kvm import seamcalls as sc
 from softtdx.kvm.errors import KvmError, SeamcallError
 from softtdx.kvm.lapic import NOTIFICATION_VECTOR
@@ -21,7 +21,7 @@ from softtdx.kvm.mmu import Fault, pre_fault_private, private_fault, shared_faul
 from softtdx.kvm.page_moves import promote_ready
 from softtdx.kvm.tdvmcall import handle_tdvmcall
 from softtdx.kvm.tdx import TdState, TdxVm
-from softtdx.kvm.uapi import CpuidEntry, TdxInitMemRegion
+from softtdx.kvm.uapi import CpuidEntry, Regs, Sregs, TdxInitMemRegion
 from softtdx.kvm.vcpu import Vcpu
 from softtdx.kvm.vmx_state import evict
 from softtdx.kvm.x86_ops import VcpuOps
@@ -41,7 +41,6 @@ _STATE_DETAILS, _PEND_NMI = "VCPU_STATE_DETAILS", "PEND_NMI"
 _VINTR_PENDING = 1  # of VCPU_STATE_DETAILS
 _U64 = (1 << 64) - 1
 _EPT_WRITE = 2  # of an EPT violation's exit qualification
-_EFER = 0xD01  # SCE, LME, LMA, NX: the mode of every TD
 _REQUESTED_LEVEL = 32  # of an ACCEPT's extended exit qualification: bits 34:32
 
 
@@ -206,7 +205,36 @@ class TdxVcpu(VcpuOps):
                 cpus.yield_if_wanted(lp)
         return at - gpa
 
-    # --- state
+    # --- state: of a debug TD, and what KVM has of any
+    @property
+    def is_initialized(self) -> bool:
+        """Whether KVM_TDX_INIT_VCPU was done."""
+        return self.state is VcpuState.INITIALIZED
+
+    def get_regs(self) -> Regs:
+        """KVM_GET_REGS."""
+        return td_debug.get_regs(self)
+
+    def set_regs(self, regs: Regs) -> None:
+        """KVM_SET_REGS."""
+        td_debug.set_regs(self, regs)
+
+    def get_sregs(self) -> Sregs:
+        """KVM_GET_SREGS2. They cannot be set: KVM owns no control register of a TD."""
+        return td_debug.get_sregs(self)
+
+    def get_xcr0(self) -> int:
+        """KVM_GET_XCRS."""
+        return td_debug.get_xcr0(self)
+
+    def get_debugregs(self) -> tuple[int, ...]:
+        """KVM_GET_DEBUGREGS."""
+        return td_debug.get_debugregs(self)
+
+    def set_debugregs(self, values: tuple[int, ...]) -> None:
+        """KVM_SET_DEBUGREGS."""
+        td_debug.set_debugregs(self, values)
+
     def get_events(self) -> VcpuEventsStruct:
         """KVM_GET_VCPU_EVENTS: KVM knows of an NMI that it has not passed on yet, of nothing else."""
         events = VcpuEventsStruct()
@@ -223,7 +251,7 @@ class TdxVcpu(VcpuOps):
     def read_msr(self, index: int) -> int | None:
         """An MSR that KVM emulates for a TD (tdx_get_msr)."""
         if index == Msr.EFER:
-            return _EFER
+            return td_debug.TD_EFER
         return emulate.read_msr(self.vcpu, index) if emulate.td_has_msr(index) else None
 
     def write_msr(self, index: int, value: int) -> bool:

@@ -266,7 +266,7 @@ class Vcpu:
         with cpus.run(self.cpu) as lp, self._counted(lp):
             self.ops.load(lp)
             if self.cpu != lp.index:
-                # What this processor cached when the vCPU was here before may be stale (vmx_vcpu_load_vmcs).
+                # What this processor cached may be older than the last flush, or of a VM whose tables were there.
                 self.cpu, self.tlb_flush_wanted = lp.index, True
             while True:
                 if vm.dead:

@@ -23,7 +23,6 @@ class Call:
     `cpu`: the instructions; `regs`: the host's registers, operands in and results out; `g`: the module's global
     data. `version` is the leaf's version (RAX bits 23:16). `held` lists the locks that the dispatcher releases when
     the leaf is over, whichever way it ends. `busy`: the processor is in SEAM mode, in the module or in a TD.
-    `serial`: calls of all processors are counted; this one's number.
 
     Per-LP data: `lp_initialized` (TDH.SYS.LP.INIT was done); `vp`: what VP.ENTER keeps (last TDVPR and so on);
     `again`: what MR.EXTEND keeps for the next 256 bytes of a page.
@@ -39,7 +38,6 @@ class Call:
         "lp_initialized",
         "module",
         "regs",
-        "serial",
         "version",
         "vp",
     )
@@ -53,18 +51,14 @@ class Call:
         self.regs = Registers()
         self.version = 0
         self.busy = False
-        self.serial = 0
         self.again: Any = None
         self.held = HeldLocks(g.locks.words)
         self.lp_initialized = False
         self.vp: Any = None
 
     def alone(self) -> bool:
-        """Whether no other processor is in SEAM mode. When nobody comes in later (`serial`), nothing changes."""
-        for other in self.module.processors:  # noqa: SIM110  a generator costs more than the rest
-            if other.busy and other is not self:
-                return False
-        return True
+        """Whether no other processor is in SEAM mode."""
+        return not any(other.busy and other is not self for other in tuple(self.module.calls.values()))
 
     def lock(self, key: int, exclusive: bool, operand: int, *, guest: bool = False) -> None:
         """Take a lock for the rest of the leaf. LeafError OPERAND_BUSY[_HOST_PRIORITY] with `operand`."""

@@ -5,7 +5,6 @@ leaf known. A table for each state of the module holds the leaves that may run i
 good call costs one look-up.
 """
 
-from itertools import count
 from typing import Final
 
 from softtdx.abi.leaves import RAX_RESERVED, SeamcallLeaf, split_rax
@@ -48,8 +47,6 @@ class TdxModule:
         """`sysinfo`: the SYS_INFO_TABLE that the loader wrote (4 KiB). `cpu`: the processor that finished the load."""
         self.g = GlobalState(sysinfo)
         self._calls: dict[int, Call] = {}
-        self.processors: tuple[Call, ...] = ()  # the same, for who looks through all of them at every call
-        self._next_serial = count(1).__next__
         self._tables = {state: _table_for(state) for state in SysState}
         self._table = self._tables[SysState.INIT_PENDING]
         del cpu
@@ -58,10 +55,9 @@ class TdxModule:
         """SEAMCALL: `regs` holds the operands and afterwards the results. MachineCheck passes through."""
         call = self._calls.get(cpu.index)
         if call is None:
-            call = self._first_call(cpu)
+            call = self._calls.setdefault(cpu.index, Call(self, self.g, cpu))
         call.regs = regs
         call.busy = True  # before the state is looked at: TDH.SYS.SHUTDOWN sets the state, then looks who is busy
-        call.serial = self._next_serial()
         rax = regs.rax
         handler = self._table.get(rax)
         try:
@@ -79,14 +75,6 @@ class TdxModule:
         finally:
             call.held.release_to()
             call.busy = False
-
-    def _first_call(self, cpu: SeamCpu) -> Call:
-        """Per-LP data of a processor that has not called before. One thread is on a processor: it makes its own."""
-        call = Call(self, self.g, cpu)
-        with self.g.mutex:
-            self._calls[cpu.index] = call
-            self.processors = (*self.processors, call)
-        return call
 
     def call_of(self, lp_index: int) -> Call | None:
         """The per-LP data of a logical processor that has called at least once."""

@@ -16,7 +16,7 @@ __all__ = ["KERNEL_PATTERN", "Images", "cache_folder", "cached_images", "newest_
 
 KERNEL_PATTERN = re.compile(r"^linux-image-(6\.12\.(\d+)\+deb(\d+))-cloud-amd64$")
 BUSYBOX = "busybox-static"
-MODULES = ("configfs", "tsm", "tdx-guest", "virtio_blk")
+MODULES = ("configfs", "tsm", "tdx-guest", "virtio_blk", "failover", "net_failover", "virtio_net")
 """What a guest of ours loads, in an order that satisfies their dependencies."""
 
 _MANIFEST = "images.json"
@@ -45,6 +45,8 @@ def cached_images(folder: Path | None = None) -> Images | None:
     folder = folder or cache_folder()
     try:
         manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        if manifest["wanted"] != list(MODULES):
+            return None  # of an earlier version, which needed other modules
         images = Images(
             str(manifest["package"]),
             folder / manifest["kernel"],
@@ -184,6 +186,7 @@ def _keep(package: str, work: Path, folder: Path) -> Images:
     shutil.copyfile(busybox, place / "busybox")
     manifest = {
         "package": package,
+        "wanted": MODULES,
         "kernel": f"{release}/vmlinuz",
         "busybox": f"{release}/busybox",
         "modules": modules,

@@ -22,9 +22,24 @@ _KINDS: Final = (  # the first that occurs in what the description says of a reg
     ("GPA_LIST", "buffer"), ("MBMD", "buffer"), ("TDVPR", "tdvpr"), ("TDR", "tdr"), ("GPA", "info"),
     ("MD_FIELD_ID", "field"), ("field id", "field"), ("private HKID", "hkid"), ("TD_PARAMS", "buffer"),
     ("buffer", "buffer"), ("array", "buffer"), ("list", "buffer"), ("filters", "buffer"), ("HASH", "buffer"),
-    ("region", "large"), ("base of the TDMR", "tdmr"), ("of a page", "used"), ("physical address", "page"),
+    ("region", "region"), ("page pair", "page"), ("base of the TDMR", "tdmr"), ("of a page", "used"),
+    ("physical address", "page"),
 )  # fmt: skip
-_ALL_KINDS: Final = ("page", "large", "tdr", "tdvpr", "used", "info", "gpa", "field", "hkid", "tdmr", "edge", "edge")
+_ALL_KINDS: Final = (
+    "page",
+    "large",
+    "region",
+    "tdr",
+    "tdvpr",
+    "used",
+    "info",
+    "gpa",
+    "field",
+    "hkid",
+    "tdmr",
+    "edge",
+    "edge",
+)
 _VERSIONS: Final = (*[0] * 12, 1, 1, 2)
 _NO_FLIP: Final = -1
 _KEPT, _REUSED = 64, 0.3

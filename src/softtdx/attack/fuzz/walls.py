@@ -131,7 +131,9 @@ class Walls:
         self._inside: set[int] = set()
         self._visit: dict[int, int] = {}
         self._asked: dict[int, tuple[Call, int]] = {}
-        self._debug: dict[int, bool] = {}
+        self._debug: dict[int, bool] = {}  # by processor: the TD that it runs shows itself to the host
+        self._entered: dict[int, int] = {}  # processor -> TDVPR of the last TDH.VP.ENTER
+        self._bound: dict[int, int] = {}  # TDVPR -> processor on which it ran
         self._left = 0
         self.begin()
 
@@ -140,6 +142,7 @@ class Walls:
         self.world = World(self.rng, self.rng.choice(self.stages))
         self._left = _POPULATED_CALLS if self.world.stage is Stage.POPULATED else _EARLY_CALLS
         self._inside.clear()
+        self._bound.clear()
         self.host.forget_past()
         self.guest.forget_past()
         for lp in self.world.lps:
@@ -152,8 +155,9 @@ class Walls:
             self.begin()
         rng, world = self.rng, self.world
         if rng.random() < self.enters and world.stage is Stage.POPULATED:
-            tdvpr = rng.choice(world.numbers["tdvpr"])
-            self._host(Call(_VP_ENTER, 0, (("rcx", Recipe("number", tdvpr)),), rng.randrange(2)))
+            tdvpr = rng.choice(world.numbers["tdvpr"] if rng.randrange(8) == 0 else world.vcpus)
+            lp = rng.randrange(2) if rng.randrange(8) == 0 else self._bound.get(tdvpr, rng.randrange(2))
+            self._host(Call(_VP_ENTER, 0, (("rcx", Recipe("number", tdvpr)),), lp))
         else:
             self._host(self.host.next())
 
@@ -195,7 +199,8 @@ class Walls:
                 setattr(regs, name, rng.choice(EDGES))  # the answer to a hypercall
             self._visit[lp.index] = rng.randrange(1, _VISIT)
             self._asked.pop(lp.index, None)  # its answer went with the TD exit
-            self._debug[lp.index] = world.oracle.is_debug(given.get("rcx", 0) & PAGE_MASK)
+            self._entered[lp.index] = tdvpr = given.get("rcx", 0) & PAGE_MASK
+            self._debug[lp.index] = world.oracle.is_debug(tdvpr)
         running = bool(self._inside)
         compare = not running and rng.randrange(_COMPARE_EVERY) == 0
         before = world.oracle.fingerprint(world.ranges) if compare else None
@@ -249,6 +254,7 @@ class Walls:
         """The processor in non-root mode: what came back from the last exit, and the next one."""
         del launch
         core.vmwrite(vmcs.ENTRY_INTERRUPTION_INFO, core.vmread(vmcs.ENTRY_INTERRUPTION_INFO) & ~(1 << 31))  # delivered
+        self._bound[self._entered[lp.index]] = lp.index
         rng = self.rng
         asked = self._asked.pop(lp.index, None)
         if asked is not None:

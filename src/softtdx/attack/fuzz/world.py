@@ -28,6 +28,7 @@ GLOBAL_HKID: Final = 32
 SMALL: Final = (0x120_0000, 0x140_0000)  # 2 MiB ranges from which single pages come
 LARGE: Final = tuple(0x1200_0000 + n * MIB2 for n in range(4))
 PAMT: Final = 0x44A0_0000
+PAMT_PAGES: Final = 0x1600_0000  # for dynamic PAMT
 BUFFERS: Final = tuple(0x5A5A_5000 + n * PAGE for n in range(8))
 RELEASE: Final = 0x4C00_0000  # parameters, SIGSTRUCT and image of the module
 SMALL_PAGES: Final = 320  # that are ever given to the module
@@ -73,9 +74,10 @@ def secret_word(number: int) -> int:
 class World:
     """A platform, the numbers that mean something on it, and the oracle that watches it."""
 
-    def __init__(self, rng: random.Random, stage: Stage) -> None:
-        """Bring a machine up to `stage`."""
+    def __init__(self, rng: random.Random, stage: Stage, *, dynamic_pamt: bool | None = None) -> None:
+        """Bring a machine up to `stage`; one in six has dynamic PAMT."""
         self.stage = stage
+        self.dynamic_pamt = rng.randrange(6) == 0 if dynamic_pamt is None else dynamic_pamt
         self.platform = Platform(_description())
         self.lps: list[LogicalProcessor] = self.platform.lps
         self.oracle = Oracle(self.platform)
@@ -86,12 +88,13 @@ class World:
         self._spare = iter(small[:-FREE_PAGES])
         self._hkids = iter(range(GLOBAL_HKID + 1, 64))
         self.secrets: list[int] = []  # words of production TDs
-        self.secret_pages: list[int] = []
+        self.vcpus: list[int] = []  # TDVPRs of vCPUs that can run
         infos = [gpa + n * PAGE for gpa in DATA_GPAS for n in (0, 1)]
         infos += [base & -(1 << 12 + 9 * level) | level for base in DATA_GPAS for level in (1, 2, 3)]
         self.numbers: dict[str, list[int]] = {
             "page": small[-FREE_PAGES:],
             "large": list(LARGE),
+            "region": [base | 1 for base in (*SMALL, *LARGE)],
             "tdr": small[-1:],
             "tdvpr": small[-2:-1],
             "used": small[-3:-2],
@@ -128,12 +131,20 @@ class World:
         for lp in self.lps if stage > Stage.INITIALIZED else self.lps[:1]:
             lp.seamcall(Registers(rax=Leaf.SYS_LP_INIT))
         if stage >= Stage.CONFIGURED:
-            self.ok(Leaf.SYS_CONFIG, rcx=BUFFERS[TDMRS], rdx=1, r8=GLOBAL_HKID)
+            self.ok(Leaf.SYS_CONFIG, rcx=BUFFERS[TDMRS], rdx=1, r8=GLOBAL_HKID | self.dynamic_pamt << 16)
         if stage >= Stage.HALF_READY:
             self.ok(Leaf.SYS_KEY_CONFIG)
             end = GIB // 2 if stage is Stage.HALF_READY else GIB
             while self.ok(Leaf.SYS_TDMR_INIT, rcx=0).rdx < end:
                 pass
+        if stage >= Stage.READY and self.dynamic_pamt:
+            for n, base in enumerate(SMALL):
+                self.ok(
+                    Leaf.PHYMEM_PAMT_ADD,
+                    rcx=base | 1,
+                    rdx=PAMT_PAGES + 2 * n * PAGE,
+                    r8=PAMT_PAGES + (2 * n + 1) * PAGE,
+                )
 
     def _fill_buffers(self) -> None:
         for number, attributes, vms in (
@@ -143,7 +154,7 @@ class World:
         ):
             self.write(BUFFERS[number], _td_params(attributes, vms))
         self.write(BUFFERS[TDMRS], (BUFFERS[TDMRS] + 512).to_bytes(8, "little"))
-        self.write(BUFFERS[TDMRS] + 512, _tdmr_info())
+        self.write(BUFFERS[TDMRS] + 512, _tdmr_info(0x8000 if self.dynamic_pamt else 0x40_0000))
         lists = struct.pack("<16Q", *(BUFFERS * 2))
         for at in BUFFERS[TDMRS + 1 :]:
             self.write(at, lists)
@@ -201,6 +212,8 @@ class World:
             self._vcpu(tdr, pages=5 + 3 * vms)
         self.ok(Leaf.MR_FINALIZE, rcx=tdr)
         self._more_memory(tdr)
+        if until == "runnable":
+            self.vcpus += self.numbers["tdvpr"][-2:]
         if until in ("blocked", "teardown"):
             for tdvpr in self.numbers["tdvpr"][-2:]:
                 self.ok(Leaf.VP_FLUSH, rcx=tdvpr)
@@ -223,8 +236,6 @@ class World:
             page = self.page()
             self.numbers["used"].append(page)
             self.ok(Leaf.MEM_PAGE_ADD, rcx=gpa, rdx=tdr, r8=page, r9=source)
-            if secret:
-                self.secret_pages.append(page)
         self.write(source, bytes(PAGE))
 
     def _more_memory(self, tdr: int) -> None:
@@ -295,12 +306,12 @@ def _td_params(attributes: int, vms: int) -> bytes:
     return bytes(params)
 
 
-def _tdmr_info() -> bytes:
+def _tdmr_info(pamt_4k_size: int) -> bytes:
     info = TdmrInfo()
     info.base, info.size = 0, GIB
     info.pamt_1g_base, info.pamt_1g_size = PAMT, 0x1000
     info.pamt_2m_base, info.pamt_2m_size = PAMT + 0x1000, 0x2000
-    info.pamt_4k_base, info.pamt_4k_size = PAMT + 0x1_0000, 0x40_0000
+    info.pamt_4k_base, info.pamt_4k_size = PAMT + 0x1_0000, pamt_4k_size
     info.reserved_areas[0].offset, info.reserved_areas[0].size = 0, _RESERVED_LOW
     return bytes(info)
 

@@ -22,9 +22,8 @@ _STATES: Final = sept.host_states(_EXTEND)
 
 @dataclass(slots=True)
 class _Again:
-    """The page that the last MR.EXTEND of a processor measured; good for the very next call on the machine."""
+    """The page that the last MR.EXTEND of a processor measured: good while nobody else has had the TDR's lock."""
 
-    serial: int
     tdr: int
     page: int
     td: Td
@@ -44,13 +43,10 @@ def mr_extend(call: Call) -> None:
     gpa, tdr = regs.rcx, regs.rdx
     regs.rcx = regs.rdx = 0
     again: _Again | None = call.again
-    if again is not None and again.serial + 1 == call.serial and again.tdr == tdr and again.page == gpa & ~0xF00:
-        # The next bytes of a page, and nobody was in SEAM mode since: what was checked then still holds.
-        call.lock(tdr, EXCLUSIVE, RDX)
+    if again is not None and again.tdr == tdr and again.page == gpa & ~0xF00 and call.held.take_watched(tdr):
+        # The next bytes of a page, and no leaf has worked on the TD since: what was checked then still holds.
         measure.extend(again.td, measure.mr_extend_record(gpa), again.source + (gpa & 0xF00), CHUNK)
-        again.serial = call.serial if call.alone() else 0
         return
-    call.again = None
     td = open_td(call, tdr, _EXTEND, RDX, EXCLUSIVE, NO_LOCK)
     if gpa & (CHUNK - 1):
         raise operand_invalid(Operand.RCX)
@@ -59,5 +55,5 @@ def mr_extend(call: Call) -> None:
         raise LeafError(Status.EPT_ENTRY_NOT_PRESENT)
     source = sept.leaf_hpa(entry, gpa, level)
     measure.extend(td, measure.mr_extend_record(gpa), source, CHUNK)
-    if call.alone():
-        call.again = _Again(call.serial, tdr, gpa & ~0xF00, td, source & ~0xF00)
+    call.again = _Again(tdr, gpa & ~0xF00, td, source & ~0xF00)
+    call.held.watch(tdr)

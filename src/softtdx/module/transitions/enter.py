@@ -37,7 +37,7 @@ from . import stepping, xstate
 from .guest import Guest, Resume, TdExit, Vmcall
 from .leave import DEBUG_AND_XCR0, leave_async, leave_vmcall, selected_registers
 from .lp import LpState, lp_state
-from .msrs import load_guest_msrs
+from .msrs import load_guest_msrs, require_loadable
 from .resident import Resident
 from .vcpu import Vcpu, flush_td_translations, lock_tdvpr
 
@@ -180,6 +180,7 @@ def _run(guest: Guest, lp: LpState, operand: int) -> int:
     _restore_registers(guest, operand)
     host = load_guest_msrs(guest)
     try:
+        require_loadable(guest)
         _restore_state(guest)
         _exits(guest)
     except TdExit as stop:

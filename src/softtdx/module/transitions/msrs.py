@@ -6,13 +6,15 @@ The host finds its own values of some and the INIT value of the others (TDX Modu
 import struct
 from typing import Final, NamedTuple
 
+from softtdx.abi.exits import ExitReason, ExtendedQualification
 from softtdx.abi.msrs import Msr
+from softtdx.abi.status import Status
 
 from .. import tdvps
 from ..features import XFAM_LBR, CpuidFlag
-from .guest import Guest
+from .guest import Guest, TdExit
 
-__all__ = ["HostMsrs", "load_guest_msrs", "save_guest_msrs", "scrub_msrs"]
+__all__ = ["HostMsrs", "load_guest_msrs", "require_loadable", "save_guest_msrs", "scrub_msrs"]
 
 FMASK_RESET: Final = 0x2_0200
 TSX_DISABLED: Final = 3  # IA32_TSX_CTRL: RTM_DISABLE, TSX_CPUID_CLEAR
@@ -31,6 +33,14 @@ STAR, LSTAR, FMASK, KERNEL_GS_BASE, TSC_AUX = map(
 SPEC_CTRL, DS_AREA, UARCH_MISC_CTL, TSX_CTRL = map(int, (Msr.SPEC_CTRL, Msr.DS_AREA, Msr.UARCH_MISC_CTL, Msr.TSX_CTRL))
 _ALWAYS: Final = (SPEC_CTRL, DS_AREA, UARCH_MISC_CTL, STAR, LSTAR, FMASK, KERNEL_GS_BASE, TSC_AUX)
 _SYSCALL: Final = struct.Struct("<5Q")
+# Bits that WRMSR refuses in what a debugger may write of a vCPU (SDM vol. 4).
+_UMWAIT_RESERVED: Final = ~0xFFFF_FFFD
+_TSX_RESERVED: Final = ~3
+_UARCH_MISC_RESERVED: Final = ~1
+_TSC_AUX_RESERVED: Final = ~0xFFFF_FFFF
+_SPEC_CTRL_RESERVED: Final = ~0x5FF
+_U64: Final = (1 << 64) - 1
+_LBR_DEPTHS: Final = range(8, 65, 8)
 
 
 class _Switched(NamedTuple):
@@ -122,6 +132,39 @@ def load_guest_msrs(guest: Guest) -> HostMsrs:
         wrmsr(entry.msr, value)
     wrmsr(SPEC_CTRL, spec_ctrl)
     return host
+
+
+def require_loadable(guest: Guest) -> None:
+    """TdExit when WRMSR refuses a value: the host wrote it, as the debugger of this TD."""
+    if not guest.debug:
+        return
+    flags = guest.flags
+    rd64 = guest.cpu.rd64
+    vp = guest.vp
+    linear = 57 if guest.platform.la57 else 48
+    if (rd64(vp + tdvps.IA32_DS_AREA) + (1 << (linear - 1)) & _U64) >> linear:  # not canonical
+        raise _load_failure(DS_AREA)
+    if guest.xfam & XFAM_LBR:
+        depth = rd64(vp + tdvps.IA32_LBR_DEPTH)
+        if depth not in _LBR_DEPTHS or depth > guest.platform.max_lbr_depth:
+            raise _load_failure(Msr.LBR_DEPTH)
+    for used, msr, at, reserved in (
+        (flags[CpuidFlag.WAITPKG], Msr.UMWAIT_CONTROL, tdvps.IA32_UMWAIT_CONTROL, _UMWAIT_RESERVED),
+        (flags[CpuidFlag.TSX], TSX_CTRL, tdvps.IA32_TSX_CTRL, _TSX_RESERVED),
+        (True, UARCH_MISC_CTL, tdvps.IA32_UARCH_MISC_CTL, _UARCH_MISC_RESERVED),
+        (True, TSC_AUX, tdvps.IA32_TSC_AUX, _TSC_AUX_RESERVED),
+        (True, SPEC_CTRL, tdvps.IA32_SPEC_CTRL, _SPEC_CTRL_RESERVED),
+    ):
+        if used and rd64(vp + at) & reserved:
+            raise _load_failure(msr)
+
+
+def _load_failure(msr: int) -> TdExit:
+    return TdExit(
+        Status.NON_RECOVERABLE_TD_NON_ACCESSIBLE,
+        ExitReason.ENTRY_FAILURE_MSR_LOADING,
+        extended=ExtendedQualification.MSR_LOAD_FAILURE | msr << 32,
+    )
 
 
 def save_guest_msrs(guest: Guest, host: HostMsrs) -> None:

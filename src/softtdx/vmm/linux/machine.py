@@ -20,10 +20,11 @@ from softtdx.vmm.linux.initramfs import STATUS_PREFIX, USERSPACE
 from softtdx.vmm.linux.layout import BOOT_WINDOW, FIRMWARE_BASE, PCI_WINDOW, PCI_WINDOW_SIZE, MemoryMap
 from softtdx.vmm.linux.window import build_window
 from softtdx.vmm.machine import End, Machine, MachineConfig, MachineResult
+from softtdx.vmm.net import Network
 from softtdx.vmm.pci import ADDRESS_PORT, DATA_PORT, PciBus
 from softtdx.vmm.quoting import QuotingService
 from softtdx.vmm.rtc import INDEX_PORT, CmosClock
-from softtdx.vmm.virtio import VirtioBlock, VirtioConsole, VirtioPci
+from softtdx.vmm.virtio import VirtioBlock, VirtioConsole, VirtioNet, VirtioPci
 from softtdx.vmm.virtio.device import VirtioDevice
 
 __all__ = ["LinuxMachine", "Stage"]
@@ -88,6 +89,18 @@ class LinuxMachine(Machine):
     def add_drive(self, file: BinaryIO, *, read_only: bool = False) -> None:
         """A disk, before the kernel starts. `file` stays open as long as the machine."""
         self._plug(VirtioBlock(self._shared, file, read_only=read_only))
+
+    def add_network(self, plug: Callable[[Callable[[bytes], None]], Network], mac: bytes) -> Network:
+        """A network card, before the kernel starts; returns the network, which the caller closes before the machine.
+
+        `plug` makes the network, given where the frames go that arrive from it.
+        """
+        card = VirtioNet(self._shared, mac)
+        network = plug(card.feed)
+        card.attach(network.send)
+        self._plug(card)
+        self.vm.idle_in_real_time = True  # a guest that waits for an answer must not see its time-out come at once
+        return network
 
     def type(self, data: bytes) -> None:
         """Input on the console."""

@@ -48,7 +48,7 @@ class VirtioConsole(VirtioDevice):
         with self.lock:
             self._input += data
             if self.driver_ok:
-                self._deliver()
+                self.guarded(self._deliver)
 
     def started(self) -> None:
         """What was typed before now arrives."""

@@ -16,7 +16,11 @@ VERSION_1_FEATURES = _VERSION_1 | _ACCESS_PLATFORM | _RING_INDIRECT
 
 
 class VirtioDevice(ABC):
-    """A device behind a transport, which sets `interrupt`. Methods run on any thread, under `lock`."""
+    """A device behind a transport, which sets `interrupt`. Methods run on any thread, under `lock`.
+
+    What a device does to its queues without being notified it does through `guarded`, also the transport's: a driver
+    that breaks the rules stops the device.
+    """
 
     device_id = 0
     class_code = 0
@@ -28,6 +32,7 @@ class VirtioDevice(ABC):
         self.lock = RLock()
         self.queues = [Queue(memory) for _ in range(self.queue_count)]
         self.interrupt: Callable[[Queue], None] = lambda _queue: None
+        self.guarded: Callable[[Callable[[], None]], None] = lambda action: action()
         self.driver_ok = False
 
     @abstractmethod

@@ -46,7 +46,7 @@ class VirtioPci(PciDevice):
             self.add_capability(_CAP_VENDOR, body)
         self._msix = self.add_capability(_CAP_MSIX, struct.pack("<HII", self._vectors - 1, _TABLE_AT, _PENDING_AT))
         self.allow(self._msix + 2, _MSIX_ENABLE | _MSIX_MASK_ALL, 2)
-        device.interrupt = self._interrupt
+        device.interrupt, device.guarded = self._interrupt, self._guarded
         self._table = bytearray(_ENTRY_SIZE * self._vectors)
         self._pending: set[int] = set()
         self._reset()
