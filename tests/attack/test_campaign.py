@@ -17,7 +17,7 @@ from softtdx.attack.fuzz.calls import fresh
 from softtdx.attack.fuzz.feedback import Corpus
 from softtdx.attack.fuzz.walls import Walls
 from softtdx.attack.fuzz.world import Stage, World
-from softtdx.cli.campaign import campaign
+from softtdx.cli.campaign import _STEPS, campaign
 from softtdx.errors import SoftTdxError
 
 SLICE = {"seamcall": 4000, "tdcall": 2000, "guest": 500, "code": 500, "ioctl": 4000, "files": 4000, "loader": 300}
@@ -221,6 +221,10 @@ def test_a_campaign_with_bad_arguments_is_refused(tmp_path):
         run_campaign([Job("nothing", 1, 1)])
     with pytest.raises(CampaignError, match="written"):
         run_campaign([Job("files", 1, 10)], worker=numbers, state_file=tmp_path / "no" / "such" / "folder")
+
+
+def test_the_command_knows_every_target():
+    assert set(_STEPS) == set(TARGETS) == set(SLICE) == set(NIGHT)
 
 
 def test_the_command_reports_as_json():

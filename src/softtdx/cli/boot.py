@@ -16,6 +16,7 @@ from softtdx.errors import SoftTdxError
 from softtdx.hw import PlatformDescription
 from softtdx.vmm import End, MachineConfig, MachineResult
 from softtdx.vmm.boot import boot_host, describe
+from softtdx.vmm.files import read_file
 from softtdx.vmm.linux.bzimage import BzImage, load_bzimage
 from softtdx.vmm.linux.initramfs import build_initramfs
 from softtdx.vmm.linux.machine import LinuxMachine, Stage
@@ -142,12 +143,7 @@ def _images(
 
 
 def _read_initrd(path: str) -> bytes:
-    try:
-        if Path(path).stat().st_size > _MAX_INITRD:
-            raise SoftTdxError(f"the initrd {path!r} is larger than {_MAX_INITRD >> 20} MiB")
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise SoftTdxError(f"cannot read the initrd {path!r}: {error.strerror}") from error
+    return read_file(path, "the initrd", _MAX_INITRD)
 
 
 def _open_drive(path: str) -> BinaryIO:

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from softtdx.hw import Platform
 from softtdx.kvm.cpus import HostCpus
+from softtdx.kvm.errors import KvmError
 from softtdx.kvm.host_mm import HostMm
 from softtdx.kvm.hotplug import Hotplug
 from softtdx.kvm.memory import HostMemory
@@ -25,6 +26,7 @@ class Host:
         self.cpus = HostCpus(platform)
         self.tdx: TdxHost | None = None
         self.vms: list[Vm] = []  # of all processes, as in the kernel's vm_list
+        self.zombies: list[Vm] = []  # closed, and not yet at their end because the module refused something
         self.mm = HostMm(self, swap_pages=self.memory.total_pages)
         self.hotplug = Hotplug(self)
 
@@ -36,8 +38,22 @@ class Host:
             self.tdx = tdx
         return self.tdx
 
+    def reap(self) -> int:
+        """End the VMs that could not end when they were closed, and get back pages that the module kept.
+
+        Returns how many VMs and pages remain. Each close of a VM does this, as does the background reclaim.
+        """
+        for vm in list(self.zombies):
+            try:
+                vm.end()
+            except KvmError:
+                continue
+            self.zombies.remove(vm)
+        return len(self.zombies) + (self.tdx.reap() if self.tdx is not None else 0)
+
     def disable_tdx(self) -> None:
         """Take TDX down, as before the machine is handed to another kernel (kexec). EBUSY while a TD has a KeyID."""
         if self.tdx is not None:
+            self.reap()
             self.tdx.shut_down()
             self.tdx = None

@@ -28,6 +28,7 @@ class Kswapd:
 
     def scan(self) -> int:
         """One pass: reclaim what is missing to the watermark; returns how many pages came."""
+        self._host.reap()
         missing = self.low - self._host.memory.free_pages
         return self._host.memory.reclaim(missing) if missing > 0 else 0
 

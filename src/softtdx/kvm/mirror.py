@@ -25,7 +25,6 @@ _PARTS = 512  # mappings that one of the next size replaces
 _MASK_4K, _MASK_2M, _MASK_1G = (~(sept.level_size(level) - 1) for level in range(3))
 _LARGEST_LEAF = 2  # level: a page of 1 GiB
 _RETRIES = 10_000
-_INTERRUPTED = frozenset({Status.INTERRUPTED_RESTARTABLE, Status.INTERRUPTED_RESUMABLE, Status.INTERRUPTED_BUSY})
 
 
 @dataclass
@@ -61,7 +60,6 @@ class SecureEpt:
         self.last_node: dict[int, int] = {}  # GPA -> node that asked for it last, where that was not its own
         self._leaves: tuple[dict[int, Mapping], dict[int, Mapping], dict[int, Mapping]] = ({}, {}, {})
         self._tables: dict[tuple[int, int], int] = {}  # (level of the entry that points to it, its GPA) -> page
-        self.leaked_pages: list[int] = []
 
     # --- reading the mirror
     def lookup(self, gpa: int) -> Mapping | None:
@@ -119,7 +117,7 @@ class SecureEpt:
         if not self._add_tables(lp, base, level):
             return False
         regs = sc.mem_page_aug(lp, self._tdr, base, level, hpa)
-        if regs.rax and status_of(regs.rax) in sc.BUSY:
+        if regs.rax and status_of(regs.rax) in sc.TRANSIENT:
             return False
         sc.expect(regs, Leaf.MEM_PAGE_AUG)
         self._mapped(base, hpa, level)
@@ -138,7 +136,7 @@ class SecureEpt:
             regs = sc.mem_sept_add(lp, self._tdr, base, upper, page)
             if regs.rax:
                 self._memory.free(page)
-                if status_of(regs.rax) in sc.BUSY:
+                if status_of(regs.rax) in sc.TRANSIENT:
                     return False
                 raise SeamcallError(errno.EIO, Leaf.MEM_SEPT_ADD, regs.rax, {"RCX": regs.rcx, "RDX": regs.rdx})
             self._tables[upper, base] = page
@@ -180,7 +178,7 @@ class SecureEpt:
     def track(self, lp: LogicalProcessor) -> None:
         """A new TLB epoch, and every vCPU out of the old one."""
         regs = sc.mem_track(lp, self._tdr)
-        while regs.rax and status_of(regs.rax) in sc.BUSY | {Status.PREVIOUS_TLB_EPOCH_BUSY}:
+        while regs.rax and status_of(regs.rax) in sc.TRANSIENT | {Status.PREVIOUS_TLB_EPOCH_BUSY}:
             self._kick()
             regs = sc.mem_track(lp, self._tdr)
         sc.expect(regs, Leaf.MEM_TRACK)
@@ -365,7 +363,7 @@ class SecureEpt:
         for _ in range(_RETRIES):
             regs = call()
             status = Status.SUCCESS if regs.rax == 0 else status_of(regs.rax)
-            if status in _INTERRUPTED:
+            if status in sc.INTERRUPTED:
                 lp.acknowledge_interrupt()
             elif status in sc.BUSY:
                 self._kick()
@@ -374,22 +372,13 @@ class SecureEpt:
         return sc.expect(regs, leaf, *accepted)
 
     # --- the end of the TD
-    def reclaim(self, lp: LogicalProcessor) -> None:
-        """After the HKID is gone: reclaim every page. One that the module keeps is leaked, and listed as such."""
+    def reclaim(self, lp: LogicalProcessor, reclaim_page: Callable[[LogicalProcessor, int, int], bool]) -> None:
+        """After the HKID is gone: reclaim every page. `reclaim_page` keeps account of one that the module keeps."""
         for leaves in self._leaves:
             for mapping in leaves.values():
-                self._reclaim(lp, mapping.hpa, 1 << 9 * mapping.level)
+                reclaim_page(lp, mapping.hpa, 1 << 9 * mapping.level)
             leaves.clear()
         for page in self._tables.values():
-            if self._reclaim(lp, page):
+            if reclaim_page(lp, page, 1):
                 self._memory.free(page)
         self._tables.clear()
-
-    def _reclaim(self, lp: LogicalProcessor, page: int, pages: int = 1) -> bool:
-        regs = sc.phymem_page_reclaim(lp, page)
-        if regs.rax:
-            self.leaked_pages.append(page)
-            return False
-        self._memory.take_from_tdx(page, pages)
-        lp.zero_page(page, pages)  # MOVDIR64B: clears poison too
-        return True

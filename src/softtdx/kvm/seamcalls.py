@@ -13,13 +13,15 @@ from softtdx.hw import LogicalProcessor, Registers
 from softtdx.hw.faults import ModeFault, VmFail
 from softtdx.kvm.errors import KvmError, SeamcallError
 
-__all__ = ["BUSY", "enter", "expect", "seamcall"]
+__all__ = ["BUSY", "INTERRUPTED", "TRANSIENT", "enter", "expect", "seamcall"]
 
 _ENTROPY_RETRIES = 10
 _BUSY_RETRIES = 10_000
 _EXTEND_CHUNK = 256
 _MR_EXTEND = int(Leaf.MR_EXTEND)
 BUSY = frozenset({Status.OPERAND_BUSY, Status.OPERAND_BUSY_HOST_PRIORITY})
+INTERRUPTED = frozenset({Status.INTERRUPTED_RESTARTABLE, Status.INTERRUPTED_RESUMABLE, Status.INTERRUPTED_BUSY})
+TRANSIENT = BUSY | INTERRUPTED  # nothing was done, or the module remembers how far it came: call again
 
 
 def seamcall(
@@ -64,11 +66,8 @@ def expect(regs: Registers, leaf: Leaf, *also: Status) -> Status:
 
 
 def call(lp: LogicalProcessor, leaf: Leaf, version: int = 0, **operands: int) -> Registers:
-    """A SEAMCALL that must succeed. While the operand is busy (another processor holds it) it is tried again."""
-    for _ in range(_BUSY_RETRIES):
-        regs = seamcall(lp, leaf, version, **operands)
-        if regs.rax == 0 or status_of(regs.rax) not in BUSY:
-            break
+    """A SEAMCALL that must succeed. While it is interrupted or another processor holds an operand it is tried again."""
+    regs = _until_free(lp, leaf, version, **operands)
     expect(regs, leaf)
     return regs
 
@@ -235,13 +234,17 @@ def phymem_page_wbinvd(lp: LogicalProcessor, keyed_page: int) -> None:
 def phymem_cache_wb(lp: LogicalProcessor) -> None:
     """TDH.PHYMEM.CACHE.WB on this processor's package, resumed until it is complete."""
     resume = 0
-    while True:
-        regs = _until_free(lp, Leaf.PHYMEM_CACHE_WB, rcx=resume)
-        status = expect(regs, Leaf.PHYMEM_CACHE_WB, Status.INTERRUPTED_RESUMABLE, Status.NO_HKID_READY_TO_WBCACHE)
-        if status is not Status.INTERRUPTED_RESUMABLE:
-            return
-        lp.acknowledge_interrupt()
-        resume = 1
+    for _ in range(_BUSY_RETRIES):
+        regs = seamcall(lp, Leaf.PHYMEM_CACHE_WB, rcx=resume)
+        status = Status.SUCCESS if regs.rax == 0 else status_of(regs.rax)
+        if status is Status.INTERRUPTED_RESUMABLE:
+            lp.acknowledge_interrupt()
+            resume = 1
+        elif status is Status.WBCACHE_RESUME_ERROR:
+            resume = 0  # there was nothing to resume
+        elif status not in TRANSIENT:
+            break
+    expect(regs, Leaf.PHYMEM_CACHE_WB, Status.NO_HKID_READY_TO_WBCACHE)
 
 
 # --- its vCPUs
@@ -278,6 +281,8 @@ def vp_wr(lp: LogicalProcessor, tdvpr: int, field_id: int, value: int, mask: int
 def _until_free(lp: LogicalProcessor, leaf: Leaf, version: int = 0, **operands: int) -> Registers:
     for _ in range(_BUSY_RETRIES):
         regs = seamcall(lp, leaf, version, **operands)
-        if regs.rax == 0 or status_of(regs.rax) not in BUSY:
+        if regs.rax == 0 or (status := status_of(regs.rax)) not in TRANSIENT:
             break
+        if status in INTERRUPTED:
+            lp.acknowledge_interrupt()
     return regs

@@ -98,7 +98,7 @@ class TdxVm(VmOps):
         self.xfam = 0
         self.levels = 4
         self.secure: SecureEpt
-        self._keys_configured = False
+        self._flushed = False
 
     @property
     def shared_bit(self) -> int:
@@ -150,7 +150,6 @@ class TdxVm(VmOps):
                 memory.give_to_tdx(tdr, "TDR")
                 for leader in cpus.package_leaders():
                     cpus.call_on(leader, lambda cpu: sc.mng_key_config(cpu, tdr))
-                self._keys_configured = True
                 for _ in range(self.tdx.sysinfo.tdcs_pages):
                     self.tdcs.append(self.give(lambda page: sc.mng_addcx(lp, tdr, page), "TDCS"))
                 params_pa = memory.alloc(zero=True)
@@ -163,8 +162,11 @@ class TdxVm(VmOps):
                     code = errno.EINVAL if status_of(regs.rax) is Status.OPERAND_INVALID else errno.EIO
                     raise SeamcallError(code, Leaf.MNG_INIT, regs.rax, {"RCX": regs.rcx})
         except KvmError:
-            self.release()
-            self._reclaim_control_pages()
+            try:
+                self.release()
+                self._reclaim_control_pages()
+            except KvmError:
+                self.vm.mark_dead()  # its end tries again
             raise
         self.levels = levels
         self.attributes, self.xfam = td_params.attributes, td_params.xfam
@@ -280,13 +282,18 @@ class TdxVm(VmOps):
 
     # --- the end
     def release(self) -> None:
-        """Give the KeyID back (tdx_mmu_release_hkid): no vCPU is on a processor any more."""
+        """Give the KeyID back (tdx_mmu_release_hkid): no vCPU is on a processor any more.
+
+        After a KvmError it can be called again, and goes on where it stopped.
+        """
         if self.hkid is None:
             return
         cpus, tdr = self.vm.host.cpus, self.tdr
         if tdr is not None:
             with cpus.run() as lp:
-                sc.mng_vpflushdone(lp, tdr)
+                if not self._flushed:
+                    sc.mng_vpflushdone(lp, tdr)
+                    self._flushed = True
                 for leader in cpus.package_leaders():
                     cpus.call_on(leader, sc.phymem_cache_wb)
                 sc.mng_key_freeid(lp, tdr)
@@ -295,11 +302,9 @@ class TdxVm(VmOps):
 
     def destroy(self) -> None:
         """Reclaim the TD's memory and S-EPT, then TDCS, then TDR."""
-        if self.hkid is not None:
-            return  # release() failed and said so: nothing can be reclaimed
         if self.state is not TdState.UNINITIALIZED:
             with self.vm.host.cpus.run() as lp:
-                self.secure.reclaim(lp)
+                self.secure.reclaim(lp, self.tdx.reclaim_page)
         self._reclaim_control_pages()
         self.state = TdState.UNINITIALIZED
 
@@ -312,15 +317,7 @@ class TdxVm(VmOps):
             self.tdr = None
 
     def reclaim_page(self, page: int, *, tdr: bool = False) -> None:
-        """PHYMEM.PAGE.RECLAIM and free. A page that the module keeps is leaked: the kernel can never use it again."""
-        memory, description = self.vm.host.memory, self.vm.host.platform.description
+        """PHYMEM.PAGE.RECLAIM and free, of a page that is not the TD's memory."""
         with self.vm.host.cpus.run() as lp:
-            regs = sc.phymem_page_reclaim(lp, page)
-            if regs.rax:
-                return
-            if tdr:
-                # Its lines were written with the module's own KeyID.
-                sc.phymem_page_wbinvd(lp, description.keyed(page, self.tdx.global_keyid))
-            memory.take_from_tdx(page)
-            lp.zero_page(page)
-        memory.free(page)
+            if self.tdx.reclaim_page(lp, page, tdr=tdr):
+                self.vm.host.memory.free(page)

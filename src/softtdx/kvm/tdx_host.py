@@ -15,7 +15,7 @@ from softtdx.abi.leaves import SeamldrLeaf
 from softtdx.abi.status import SeamldrStatus
 from softtdx.abi.structs import SeamldrParams
 from softtdx.errors import SoftTdxError
-from softtdx.hw import Platform, Registers
+from softtdx.hw import LogicalProcessor, Platform, Registers
 from softtdx.kvm import seamcalls as sc
 from softtdx.kvm.cpus import HostCpus
 from softtdx.kvm.errors import KvmError
@@ -84,6 +84,16 @@ class BootReport:
     steps: list[tuple[str, float]] = field(default_factory=list)
 
 
+@dataclass(eq=False)
+class _Kept:
+    """A page of `pages` times 4 KiB that the module would not give back; `reclaimed`: only its flush is missing."""
+
+    page: int
+    pages: int
+    tdr: bool
+    reclaimed: bool = False
+
+
 class TdxHost:
     """TDX on this host: the module's facts, the KeyIDs that are free, and the PAMTs."""
 
@@ -98,6 +108,7 @@ class TdxHost:
         self.global_keyid = 0
         self._free_keyids: list[int] = []
         self._lps_initialized: set[int] = set()
+        self._unreclaimed: list[_Kept] = []
 
     # --- KeyIDs
     def alloc_keyid(self) -> int:
@@ -120,6 +131,45 @@ class TdxHost:
     def keyids_in_use(self) -> int:
         """How many TDs have one (nr_configured_hkid)."""
         return len(self.platform.description.private_keyids) - 1 - self.free_keyids
+
+    # --- pages that the module would not give back
+    def reclaim_page(self, lp: LogicalProcessor, page: int, pages: int = 1, *, tdr: bool = False) -> bool:
+        """PHYMEM.PAGE.RECLAIM of a page of a TD that has ended; it is clean, and the caller's to free.
+
+        False when the module keeps it: it is no longer the caller's, and `reap` tries again.
+        """
+        kept = _Kept(page, pages, tdr)
+        if not self._reclaim(lp, kept):
+            self._unreclaimed.append(kept)
+            return False
+        return True
+
+    def _reclaim(self, lp: LogicalProcessor, kept: "_Kept") -> bool:
+        try:
+            if not kept.reclaimed and sc.phymem_page_reclaim(lp, kept.page).rax:
+                return False
+            kept.reclaimed = True
+            if kept.tdr:
+                # Its lines were written with the module's own KeyID.
+                sc.phymem_page_wbinvd(lp, self.platform.description.keyed(kept.page, self.global_keyid))
+        except KvmError:
+            return False
+        self.memory.take_from_tdx(kept.page, kept.pages)
+        lp.zero_page(kept.page, kept.pages)  # MOVDIR64B: clears poison too
+        return True
+
+    def reap(self) -> int:
+        """Try again to get back what the module kept, in the order in which it was asked for; returns what it keeps.
+
+        A kernel lets such pages go for good. Here a TD's end may be begun again, so nothing is lost to one refusal.
+        """
+        if self._unreclaimed:
+            with self.cpus.run() as lp:
+                for kept in list(self._unreclaimed):
+                    if self._reclaim(lp, kept):
+                        self._unreclaimed.remove(kept)
+                        self.memory.free(kept.page, kept.pages)
+        return len(self._unreclaimed)
 
     # --- enabling
     def enable(self, release: ModuleRelease) -> None:
@@ -155,6 +205,7 @@ class TdxHost:
         for page in pages:
             self.memory.take_from_tdx(page)
             self.memory.free(page)
+        self._unreclaimed.clear()
         self.tdmrs.clear()
 
     def _require_all_processors(self) -> None:

@@ -279,8 +279,6 @@ class TdxVcpu(VcpuOps):
 
     def free(self) -> None:
         """Reclaim the TDVPS pages, after the KeyID is free."""
-        if self.td.hkid is not None:
-            return
         for page in (*self.tdcx, *([self.tdvpr] if self.tdvpr is not None else [])):
             self.td.reclaim_page(page)
         self.tdcx.clear()
@@ -314,6 +312,7 @@ class TdxVcpu(VcpuOps):
         """VCPU_STATE_DETAILS.VMXIP (tdx_protected_apic_has_interrupt)."""
         assert self.tdvpr is not None
         with self.vcpu.vm.host.cpus.run(self.vcpu.cpu) as lp:
+            self.load(lp)  # it may not be the processor that the vCPU ran on
             return bool(sc.vp_rd(lp, self.tdvpr, table("vp")[_STATE_DETAILS].field_id) & _VINTR_PENDING)
 
     # --- running
@@ -335,7 +334,7 @@ class TdxVcpu(VcpuOps):
                 promote_ready(vm, lp, self.td.secure)
         rax = regs.rax
         if rax & _ERROR:
-            if status_of(rax) in sc.BUSY:
+            if status_of(rax) in sc.TRANSIENT:
                 stats["exits:busy"] += 1
                 return True
             return self._failed(rax)

@@ -375,7 +375,7 @@ class Vm:
     def close(self) -> None:
         """The last reference is gone: vCPUs, memory, keys, in the order that the module demands. No thread runs it.
 
-        KvmError, after everything else was freed, when the module would not give back what it has: that is leaked.
+        KvmError when the module would not let it end: then the host keeps it, and ends it later (`Host.reap`).
         """
         with self.mmu_lock:  # a pass over all VMs is through with this one, or finds it closed
             if self.closed:
@@ -383,24 +383,31 @@ class Vm:
             self.closed = True
         self.mm.unregister_notifier(self.mmu_notifier)
         self.irqfds.close()
-        trouble: KvmError | None = None
-        try:
-            for vcpu in self.vcpus.values():
-                vcpu.leave_guest()
-                vcpu.ops.flush()
-            self.ops.release()
-        except KvmError as error:
-            trouble = error
-        for vcpu in self.vcpus.values():
-            vcpu.ops.free()
-            if vcpu.apic is not None:
-                vcpu.apic.free()
-        self.vcpus.clear()
+        self.kvm.vms.remove(self)
+        self.host.vms.remove(self)
         with self.mmu():
             for slot in list(self.memslots):
                 if slot.guest_memfd is not None:
                     slot.guest_memfd.unbind(slot.guest_memfd_offset)
                 self.memslots.remove(slot.slot)
+        try:
+            self.end()
+        except KvmError:
+            self.host.zombies.append(self)
+            raise
+        self.host.reap()
+
+    def end(self) -> None:
+        """What `close` does to the VM's pages and its KeyID; after a KvmError it can be called again."""
+        for vcpu in self.vcpus.values():
+            vcpu.leave_guest()
+            vcpu.ops.flush()
+        self.ops.release()
+        for vcpu in self.vcpus.values():
+            vcpu.ops.free()
+            if vcpu.apic is not None:
+                vcpu.apic.free()
+        self.vcpus.clear()
         self.ops.destroy()
         with self.mmu():
             if self.ept is not None:
@@ -409,11 +416,6 @@ class Vm:
         for file in self.files:
             file.close()
         self.files.clear()
-        if self in self.kvm.vms:
-            self.kvm.vms.remove(self)
-            self.host.vms.remove(self)
-        if trouble is not None:
-            raise trouble
 
     def _alive(self) -> None:
         if self.dead or self.closed:

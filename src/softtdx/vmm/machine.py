@@ -136,7 +136,7 @@ class Machine:
             if not self.config.vm:
                 self._init_td()
         except KvmError as error:
-            self.kvm.mm.close()
+            self._close_vm()
             raise MachineError(f"the machine cannot be built: {error.strerror}") from error
 
     def __enter__(self) -> Self:
@@ -303,8 +303,14 @@ class Machine:
     def close(self) -> None:
         """Tear the machine down: every page and KeyID goes back."""
         self._services.close()
-        self.vm.close()
-        self.kvm.mm.close()
+        self._close_vm()
+
+    def _close_vm(self) -> None:
+        try:
+            for vm in list(self.kvm.vms):
+                vm.close()
+        finally:
+            self.kvm.mm.close()
 
     def _kick_until_gone(self, threads: list[threading.Thread]) -> None:
         for vcpu, thread in zip(self.vcpus, threads, strict=True):

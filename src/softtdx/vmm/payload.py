@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from softtdx.vmm.errors import PayloadError
+from softtdx.vmm.files import read_file
 
 __all__ = ["FLAT_ADDRESS", "Payload", "Segment", "load_payload", "parse_payload"]
 
@@ -54,17 +55,7 @@ class Payload:
 
 def load_payload(path: str | Path) -> Payload:
     """Read and check a payload. PayloadError for a file that is missing, empty, or not loadable."""
-    file = Path(path)
-    try:
-        if file.is_dir():
-            raise PayloadError(f"the payload {str(path)!r} is a folder; give an ELF64 or flat binary")
-        size = file.stat().st_size
-        if size > _MAX_FILE:
-            raise PayloadError(f"the payload {str(path)!r} has {size} bytes; more than 1 GiB is not taken")
-        data = file.read_bytes()
-    except OSError as error:
-        raise PayloadError(f"cannot read the payload {str(path)!r}: {error.strerror}") from error
-    return parse_payload(data, file.name)
+    return parse_payload(read_file(path, "the payload", _MAX_FILE, "flat binary or ELF64"), Path(path).name)
 
 
 def parse_payload(data: bytes, name: str = "payload") -> Payload:

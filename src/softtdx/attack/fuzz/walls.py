@@ -16,6 +16,7 @@ from softtdx.abi.exits import ExitReason
 from softtdx.abi.ghci import VmcallLeaf
 from softtdx.abi.leaves import SeamcallLeaf, TdcallLeaf, rax_for
 from softtdx.abi.status import status_of
+from softtdx.abi.structs import PageType
 from softtdx.attack.fuzz.calls import Call, Operands, Recipe, change, fresh, kinds_of, resolve, sequence
 from softtdx.attack.fuzz.core import EDGES
 from softtdx.attack.fuzz.feedback import Corpus
@@ -25,11 +26,13 @@ from softtdx.hw import LogicalProcessor, Registers
 from softtdx.hw.faults import MachineCheck, VmFail
 from softtdx.hw.registers import GPR_NAMES
 from softtdx.module.registry import HOST_LEAVES
+from softtdx.module.state import SysState
 
 __all__ = ["Walls", "seamcalls", "tdcalls"]
 
 _STAGES: Final = (*Stage, *[Stage.POPULATED] * 9)
 _EARLY_CALLS, _POPULATED_CALLS = 150, 1500  # a world lasts
+_CALLS_AFTER_SHUTDOWN = 30
 _CHECK_EVERY = 24
 _COMPARE_EVERY = 48
 _VISIT = 24  # VM exits of a vCPU until an interrupt ends its visit
@@ -180,8 +183,7 @@ class Walls:
             self._call(call, lp, given)
         except BrokenInvariantError as error:
             shown = ", ".join(f"{name}={value:#x}" for name, value in given.items())
-            name = SeamcallLeaf(call.leaf).mnemonic if call.rax is None else f"RAX={call.rax:#x}"
-            raise BrokenInvariantError(f"{error} | {name} v{call.version} {shown}") from error
+            raise BrokenInvariantError(f"{error} | version {call.version}, {shown}") from error
 
     def _call(self, call: Call, lp: LogicalProcessor, given: dict[str, int]) -> None:
         rng, world = self.rng, self.world
@@ -208,10 +210,12 @@ class Walls:
         try:
             lp.seamcall(regs)
         except (VmFail, MachineCheck) as error:
-            raise BrokenInvariantError(f"the TDX module shut down in leaf {rax & _LEAF}: {error}") from error
+            raise BrokenInvariantError(f"the TDX module shut down in {_mnemonic(rax)}: {error}") from error
         self._answered(call, regs, given, state)
         if before is not None and regs.rax & _ERROR and rax & _LEAF not in _MAY_CHANGE:
             self._unchanged(before, rax)
+        if world.oracle.state.sys_state == SysState.SHUTDOWN:
+            self._left = min(self._left, _CALLS_AFTER_SHUTDOWN)
         if not running:
             if rng.randrange(_CHECK_EVERY) == 0:
                 world.check()
@@ -222,7 +226,7 @@ class Walls:
         after = self.world.oracle.fingerprint(self.world.ranges)
         if after != before:
             at = [_difference(*pair) for pair in zip(before, after, strict=False) if pair[0] != pair[1]]
-            raise BrokenInvariantError(f"{SeamcallLeaf(rax & _LEAF).mnemonic} was refused and changed something | {at}")
+            raise BrokenInvariantError(f"{_mnemonic(rax)} was refused and changed something | {at}")
 
     def _state(self, given: dict[str, int]) -> tuple[object, ...]:
         """The state of what the operands name: part of the measure of coverage."""
@@ -233,7 +237,7 @@ class Walls:
             known = g.blocks.get(page >> 30) if not page & g.not_a_page & ~0xFFF else None
             level, kind, _ = oracle.pamt(page & PAGE_MASK) if known is not None else (0, -1, 0)
             kinds.append((level, kind))
-            if kind == 4:  # PT_TDR
+            if kind == PageType.TDR:
                 kinds.append(oracle.life_of(page & PAGE_MASK))
         return (g.sys_state, len(self._inside), *kinds)
 
@@ -350,6 +354,12 @@ def _difference(before: bytes, after: bytes) -> str:
     """The first bytes in which two structures differ."""
     at = next((n for n, pair in enumerate(zip(before, after, strict=False)) if pair[0] != pair[1]), 0) & -8
     return f"at {at:#x} {before[at : at + 16].hex()} became {after[at : at + 16].hex()}"
+
+
+def _mnemonic(rax: int) -> str:
+    """The leaf that a host's RAX names."""
+    leaf = rax & _LEAF
+    return SeamcallLeaf(leaf).mnemonic if leaf in HOST_LEAVES else f"leaf {leaf}"
 
 
 def _known(rax: int) -> None:

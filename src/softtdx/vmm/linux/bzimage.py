@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from softtdx.vmm.errors import PayloadError
+from softtdx.vmm.files import read_file
 
 __all__ = ["BzImage", "load_bzimage", "parse_bzimage"]
 
@@ -58,17 +59,7 @@ class BzImage:
 
 def load_bzimage(path: str | Path) -> BzImage:
     """Read and check a kernel. PayloadError for a file that is missing or no bootable 64-bit kernel."""
-    file = Path(path)
-    try:
-        if file.is_dir():
-            raise PayloadError(f"the kernel {str(path)!r} is a folder; give a bzImage")
-        size = file.stat().st_size
-        if size > MAX_FILE:
-            raise PayloadError(f"the kernel {str(path)!r} has {size} bytes; the limit is {MAX_FILE >> 20} MiB")
-        data = file.read_bytes()
-    except OSError as error:
-        raise PayloadError(f"cannot read the kernel {str(path)!r}: {error.strerror}") from error
-    return parse_bzimage(data, file.name)
+    return parse_bzimage(read_file(path, "the kernel", MAX_FILE, "bzImage"), Path(path).name)
 
 
 def parse_bzimage(data: bytes, name: str = "bzImage") -> BzImage:

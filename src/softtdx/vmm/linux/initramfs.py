@@ -9,6 +9,7 @@ import shlex
 from pathlib import Path
 
 from softtdx.vmm.errors import PayloadError
+from softtdx.vmm.files import read_file
 from softtdx.vmm.images import Images
 from softtdx.vmm.linux.cpio import Archive
 
@@ -97,9 +98,4 @@ def build_initramfs(
 
 
 def _read(file: Path) -> bytes:
-    try:
-        if file.stat().st_size > _MAX_FILE:
-            raise PayloadError(f"the file {str(file)!r} is too large for an initramfs")
-        return file.read_bytes()
-    except OSError as error:
-        raise PayloadError(f"cannot read {str(file)!r}: {error.strerror}") from error
+    return read_file(file, "the file", _MAX_FILE)
