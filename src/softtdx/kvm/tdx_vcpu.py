@@ -312,6 +312,7 @@ class TdxVcpu(VcpuOps):
         """VCPU_STATE_DETAILS.VMXIP (tdx_protected_apic_has_interrupt)."""
         assert self.tdvpr is not None
         with self.vcpu.vm.host.cpus.run(self.vcpu.cpu) as lp:
+            self.load(lp)  # it may not be the processor that the vCPU ran on
             return bool(sc.vp_rd(lp, self.tdvpr, table("vp")[_STATE_DETAILS].field_id) & _VINTR_PENDING)
 
     # --- running

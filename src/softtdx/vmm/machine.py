@@ -169,6 +169,8 @@ class Machine:
 
     def load(self, payload: Payload) -> None:
         """Put launcher and payload into memory and make the vCPUs. MachineError when they do not fit."""
+        if self._vcpu_count() > MAX_VCPUS:
+            raise MachineError(f"{self.config.vcpus} vCPUs and the agent's; a machine has 1 to {MAX_VCPUS}")
         layout = lay_out(payload, self.config.memory, self.config.vcpus, agent=self.config.agent)
         self.load_contents([(FIRMWARE_BASE, firmware_image(layout)), *layout.present])
         if self.config.vm:
