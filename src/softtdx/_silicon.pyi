@@ -93,7 +93,8 @@ class Core:
     def walk_ept(self, table: int, top: int, gpa: int, level: int) -> tuple[int, int, int]:
         """From the EPT page `table` (KeyID included), whose entries have level `top` (0 to 4), towards `level`.
 
-        Returns (address of the entry, the entry, its level); ends early at one that is not present or a leaf.
+        Returns (address of the entry, the entry, its level); ends early at one that does not lead on: it is not
+        present, maps a page, withholds a right or is misconfigured.
         """
     def extend_sha384(self, pa: int, record: bytes, source: int = 0, size: int = 0) -> None:
         """Compresses `record` and then `size` bytes at `source` into the SHA-384 context at `pa`.

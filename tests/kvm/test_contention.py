@@ -76,3 +76,12 @@ def test_interrupts_during_the_cache_write_back_are_resumed(host):
         build.do()
         for lp in host.platform.lps:
             lp.interrupt()
+
+
+def test_a_halted_vcpu_is_asked_for_interrupts_on_whichever_processor_is_free(host):
+    with Build(host) as build:
+        vcpu = build.do().vcpus[0]
+        for lp in host.platform.lps:
+            with host.cpus.run(lp.index) as here:
+                assert here is lp
+                assert not vcpu.ops.interrupt_waits()

@@ -60,8 +60,7 @@ def test_noise_in_a_structure_ends_in_a_status_or_in_the_end_of_the_module(data,
 
 @pytest.mark.parametrize(
     "entry",
-    [0x82, 0x86, 0xB7 | 0x20_1000, 0x97, 0x9F, 0xBF],
-    ids=["write only", "write and execute", "misaligned large page", "memory type 2", "memory type 3", "memory type 7"],
+    [0x2, 0x6, 0x82, 0x86, 0xF, 0x17, 0x27, 0x47, 0xB7 | 0x20_1000, 0x97, 0x9F, 0xBF],
 )
 def test_a_walk_that_ends_at_an_entry_no_processor_would_use_is_the_end_of_the_module(entry):
     machine = Machine()

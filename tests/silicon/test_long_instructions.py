@@ -214,7 +214,7 @@ def test_a_walk_from_anywhere_faults_into_nothing(pa: int, entries: tuple[int, i
 
 
 # --- EPT
-def test_an_ept_walk_ends_at_the_level_at_a_leaf_and_at_what_is_not_present() -> None:
+def test_an_ept_walk_ends_at_the_level_and_at_what_does_not_lead_on() -> None:
     _, lp = core()
     gpa = 3 << 39 | 5 << 30 | 7 << 21 | 9 << 12
     for level, index in ((3, 3), (2, 5), (1, 7)):
@@ -223,8 +223,11 @@ def test_an_ept_walk_ends_at_the_level_at_a_leaf_and_at_what_is_not_present() ->
     assert lp.walk_ept(KEY, 3, gpa, 0) == (KEY + 3 * PAGE + 72, 0xABC0_0087, 0)
     assert lp.walk_ept(KEY, 3, gpa, 2) == (KEY + PAGE + 40, KEY + 2 * PAGE | 7, 2)
     assert lp.walk_ept(KEY, 3, gpa + (1 << 21), 0) == (KEY + 2 * PAGE + 64, 0, 1)
-    lp.wr64(KEY + PAGE + 40, KEY + 2 * PAGE | 0x87)
-    assert lp.walk_ept(KEY, 3, gpa, 0)[2] == 2
+    for low_bits in (0x87, *range(7), 0x0F, 0x17, 0x27, 0x47):
+        lp.wr64(KEY + PAGE + 40, KEY + 2 * PAGE | low_bits)
+        assert lp.walk_ept(KEY, 3, gpa, 0) == (KEY + PAGE + 40, KEY + 2 * PAGE | low_bits, 2)
+    lp.wr64(KEY + PAGE + 40, KEY + 2 * PAGE | 7 | 0x700)
+    assert lp.walk_ept(KEY, 3, gpa, 0)[2] == 0, "bits 10:8 do not matter"
 
 
 def test_an_ept_walk_faults_where_a_load_would() -> None:

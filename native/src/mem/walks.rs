@@ -1,12 +1,13 @@
 //! Loads in a row, each from where the one before it pointed: what software walks, done by one call.
 //!
-//! They are loads and nothing more; what an entry means beyond "present", "leaf" and "address" is software's.
+//! They are loads and nothing more; what an entry means beyond "leads on" and "address" is software's.
 
 use super::{Agent, Fault, Memory, PAGE};
 
-/// SDM vol. 3C, 29.3.2: an EPT entry with none of R, W, X is not present; bit 7 of one that is makes it a leaf.
-const PRESENT: u64 = 7;
-const LEAF: u64 = 1 << 7;
+/// SDM vol. 3C, 29.3.2, bits 7:0 of an EPT entry that leads on with all rights: R, W and X. Bit 7 would make it a leaf,
+/// bits 6:3 of an entry that is none are reserved.
+const LOW_BITS: u64 = 0xFF;
+const LEADS_ON: u64 = 7;
 /// Address bits of an entry, KeyID included.
 const ADDRESS: u64 = (1 << 52) - PAGE;
 /// The deepest tree: level 4 is that of 5-level EPT's root entries.
@@ -33,7 +34,8 @@ const PAGE_TYPE: u64 = 0xFF << 16;
 
 impl Memory {
     /// From the EPT page `table`, whose entries have level `top` (at most [`TOP_LEVEL`]), down to the entry of `gpa`
-    /// at `level`; ends early at an entry that is not present or maps a page.
+    /// at `level`; ends early at an entry that does not lead on: it is not present, maps a page, withholds a right or
+    /// is misconfigured.
     pub fn walk_ept(
         &self,
         table: u64,
@@ -47,7 +49,7 @@ impl Memory {
         loop {
             let at = table.wrapping_add(gpa >> (9 + 9 * here) & 0xFF8);
             let entry = self.rd64(at, agent)?;
-            if here <= level || entry & PRESENT == 0 || entry & LEAF != 0 {
+            if here <= level || entry & LOW_BITS != LEADS_ON {
                 return Ok(Reached {
                     at,
                     entry,

@@ -65,13 +65,22 @@ def _seamcall(runs: int) -> Iterator[Figure]:
 
 def _build(runs: int) -> Iterator[Figure]:
     from softtdx.kvm.bench import bench_td_build
+    from softtdx.vmm.bench import bench_side_by_side
 
+    host = boot_host()
     names = {
         "build_s_per_mib": "measured memory, per MiB",
         "build_s": "a TD of 2 MiB, whole build",
         "teardown_s": "its teardown",
     }
-    yield from _figures("build", runs, "s", partial(bench_td_build, boot_host()), names)
+    yield from _figures("build", runs, "s", partial(bench_td_build, host), names)
+    names = {"mib_per_s": "measured memory, a TD of 16 MiB"}
+    yield from _figures("build", runs, "MiB/s", partial(bench_td_build, host, 16), names)
+    names = {
+        "measured": "two TDs at once, measured memory",
+        "hashing": "two TDs at once that run and hash",
+    }
+    yield from _figures("build", runs, "x in turn", partial(bench_side_by_side, host), names)
 
 
 def _kvm(runs: int) -> Iterator[Figure]:

@@ -73,6 +73,7 @@ def bench_td_build(host: Host, mib: int = 2) -> dict[str, float]:
         "mib": mib,
         "build_s": built - start,
         "build_s_per_mib": (built - added) / mib,
+        "mib_per_s": mib / (built - added),
         "teardown_s": ended - built,
     }
 

@@ -24,7 +24,7 @@ fn step_by_step(
     loop {
         let at = table.wrapping_add((gpa >> (12 + 9 * here) & 0x1FF) * 8);
         let entry = memory.rd64(at, Agent::SEAM)?;
-        if here <= level || entry & 7 == 0 || entry & LEAF != 0 {
+        if here <= level || entry & 0xFF != 7 {
             return Ok(Reached {
                 at,
                 entry,
@@ -40,7 +40,8 @@ fn step_by_step(
 fn entry() -> impl Strategy<Value = u64> {
     let page = |n: u64| td(BASE + n * PAGE);
     prop_oneof![
-        4 => (0..4u64, 0..8u64).prop_map(move |(n, rights)| page(n) | rights),
+        4 => (0..4u64).prop_map(move |n| page(n) | 7),
+        1 => (0..4u64, 0..128u64).prop_map(move |(n, low)| page(n) | low),
         1 => (0..4u64).prop_map(move |n| page(n) | 7 | LEAF),
         1 => any::<u64>(),
     ]

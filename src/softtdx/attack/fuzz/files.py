@@ -2,7 +2,9 @@
 
 import contextlib
 import random
+import tomllib
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Final
 
 from softtdx._silicon import PAYLOADS
@@ -12,11 +14,16 @@ from softtdx.abi.status import SeamldrStatus
 from softtdx.attack.fuzz.core import EDGES
 from softtdx.attack.fuzz.world import PAGE, RELEASE, install, write_release
 from softtdx.attack.oracle import BrokenInvariantError
+from softtdx.attest.bench import NOW
+from softtdx.attest.bench import _setting as sample_platform
+from softtdx.attest.collateral import Collateral
 from softtdx.attest.eventlog import EventLog, EventType, parse_ccel
+from softtdx.attest.policy import Policy
 from softtdx.attest.quote import Quote
 from softtdx.attest.tdreport import parse_tdreport
+from softtdx.attest.verifier import Verifier
 from softtdx.errors import SoftTdxError
-from softtdx.hw import Platform, Registers, preset
+from softtdx.hw import Platform, PlatformDescription, Registers, preset
 from softtdx.hw.faults import ModeFault, VmFail
 from softtdx.seamldr import Release, development_release, launch_np_seamldr
 from softtdx.vmm import parse_payload
@@ -25,11 +32,42 @@ from softtdx.vmm.linux.bzimage import parse_bzimage
 __all__ = ["files", "loader"]
 
 _WORLD_LASTS = 400
+_SIGNED = 48 + 584  # bytes of a version 4 quote: header and TD report body
 _LEAVES: Final = tuple(SeamldrLeaf)
+
+
+@cache
+def _genuine() -> tuple[bytes, Collateral, Verifier]:
+    """A quote, its collateral, and a verifier that accepts it."""
+    pki, enclave, report = sample_platform()
+    quote, collateral = enclave.quote(report), pki.collateral()
+    verifier = Verifier(pki.root_der)
+    verifier.verify(quote, collateral, now=NOW).require()
+    return quote, collateral, verifier
+
+
+def _verify(data: bytes) -> None:
+    """Whatever was changed: what a verifier accepts says what the enclave signed."""
+    quote, collateral, verifier = _genuine()
+    if verifier.verify(data, collateral, now=NOW).accepted and data[:_SIGNED] != quote[:_SIGNED]:
+        raise BrokenInvariantError("a quote was accepted whose header or body was changed")
+
+
+def _description(data: bytes) -> None:
+    try:
+        table = tomllib.loads(data.decode())
+    except (ValueError, RecursionError):
+        return
+    PlatformDescription.from_dict(table)
+
+
+def _text(parse: Callable[[str], object]) -> Callable[[bytes], object]:
+    return lambda data: parse(data.decode(errors="replace"))
 
 
 def files(rng: random.Random, steps: int) -> Iterator[int]:
     """Files that are nearly good: each parser answers, or refuses with SoftTdxError. A step is a file."""
+    quote, collateral, _ = _genuine()
     log = EventLog.empty().measured(2, EventType.IPL, b"a kernel").to_bytes()
     header = bytearray(PAGE)
     header[0x1FE:0x206] = b"\x55\xaaHdrS\x0f\x02"[:8]
@@ -38,8 +76,12 @@ def files(rng: random.Random, steps: int) -> Iterator[int]:
         (parse_bzimage, bytes(header)),
         (EventLog.parse, log),
         (parse_ccel, bytes(56)),
-        (Quote.parse, (4).to_bytes(2, "little") + bytes(2000)),
-        (parse_tdreport, bytes(1024)),
+        (Quote.parse, quote),
+        (_verify, quote),
+        (_text(Collateral.from_json), collateral.to_json().encode()),
+        (_text(Policy.from_toml), b"[tcb]\nallow = ['UpToDate']\n[td]\nallow_debug = true\n"),
+        (_description, b"ram = [[0, 0x80000000]]\nkeyid_bits = 6\nintegrity = 'logical'\nlps = 4\n"),
+        (parse_tdreport, sample_platform()[2]),
     ]
     for _ in range(steps):
         parser, base = rng.choice(bases)

@@ -7,6 +7,7 @@ in an order that the seed decides.
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Final
 
@@ -16,23 +17,30 @@ from softtdx.abi.exits import ExitReason
 from softtdx.abi.ghci import VmcallLeaf
 from softtdx.abi.leaves import SeamcallLeaf, TdcallLeaf, rax_for
 from softtdx.abi.status import status_of
+from softtdx.abi.structs import PageType
 from softtdx.attack.fuzz.calls import Call, Operands, Recipe, change, fresh, kinds_of, resolve, sequence
 from softtdx.attack.fuzz.core import EDGES
 from softtdx.attack.fuzz.feedback import Corpus
-from softtdx.attack.fuzz.world import PAGE_MASK, Stage, World
+from softtdx.attack.fuzz.world import GLOBAL_HKID, PAGE_MASK, TDMRS, Stage, World
 from softtdx.attack.oracle import BrokenInvariantError
 from softtdx.hw import LogicalProcessor, Registers
 from softtdx.hw.faults import MachineCheck, VmFail
 from softtdx.hw.registers import GPR_NAMES
 from softtdx.module.registry import HOST_LEAVES
+from softtdx.module.state import SysState
 
 __all__ = ["Walls", "seamcalls", "tdcalls"]
 
 _STAGES: Final = (*Stage, *[Stage.POPULATED] * 9)
 _EARLY_CALLS, _POPULATED_CALLS = 150, 1500  # a world lasts
+_CALLS_AFTER_SHUTDOWN = 30
 _CHECK_EVERY = 24
 _COMPARE_EVERY = 48
 _VISIT = 24  # VM exits of a vCPU until an interrupt ends its visit
+_BRING_UP: Final = (
+    SeamcallLeaf.SYS_INIT, SeamcallLeaf.SYS_LP_INIT, SeamcallLeaf.SYS_CONFIG, SeamcallLeaf.SYS_KEY_CONFIG,
+    SeamcallLeaf.SYS_TDMR_INIT, SeamcallLeaf.SYS_TDMR_INIT, SeamcallLeaf.SYS_UPDATE,
+)  # fmt: skip
 _VP_ENTER: Final = int(SeamcallLeaf.VP_ENTER)
 _MAY_CHANGE: Final = frozenset({_VP_ENTER})  # though refused: the vCPU was associated, or ran
 _STATUS_SHIFT = 32
@@ -86,7 +94,30 @@ def _scripts() -> list[tuple[Call, ...]]:
         (_L.VP_INIT, {"rcx": Recipe("tdvpr", -1), "rdx": number[1]}),
         (_L.MR_FINALIZE, {"rcx": last}),
     ]
-    scripts = [sequence(*build)]
+    bring_up = [
+        (_L.SYS_INIT, {"rcx": number[0]}),
+        (_L.SYS_LP_INIT, {}),
+        (_L.SYS_CONFIG, {"rcx": _n("buffer", TDMRS), "rdx": number[1], "r8": Recipe("number", GLOBAL_HKID)}),
+        (_L.SYS_KEY_CONFIG, {}),
+        *[(_L.SYS_TDMR_INIT, {"rcx": number[0]})] * 4,
+    ]
+    built = _n("tdr", 4)  # the one that is being built
+    table = Recipe("number", 2 << 21 | 1)
+    finish = [
+        (_L.MEM_PAGE_ADD, {"rcx": _n("info", 5), "rdx": built, "r8": page[18], "r9": _n("buffer", 4)}),
+        (_L.MR_EXTEND, {"rcx": _n("info", 5), "rdx": built}),
+        (_L.MEM_SEPT_ADD, {"rcx": table, "rdx": built, "r8": page[19]}),
+        (_L.MEM_RANGE_BLOCK, {"rcx": table, "rdx": built}),
+        (_L.MEM_SEPT_REMOVE, {"rcx": table, "rdx": built}),
+        (_L.MR_FINALIZE, {"rcx": built}),
+    ]
+    on_other = replace(sequence(bring_up[1])[0], lp=1)
+    scripts = [
+        sequence(*build),
+        (on_other, *sequence(*bring_up)),
+        (on_other, *sequence(*bring_up[2:])),
+        sequence(*finish),
+    ]
     for index in range(4):
         tdr, info = _n("tdr", 5 + index), _n("info", index)
         block = (_L.MEM_RANGE_BLOCK, {"rcx": info, "rdx": tdr})
@@ -97,13 +128,13 @@ def _scripts() -> list[tuple[Call, ...]]:
             sequence(block, track, (_L.MEM_PAGE_RELOCATE, {"rcx": info, "rdx": tdr, "r8": page[30 + index]})),
             sequence(block, track, (_L.MEM_RANGE_UNBLOCK, {"rcx": info, "rdx": tdr})),
             sequence(
-                (_L.MEM_PAGE_AUG, {"rcx": Recipe("number", 2 << 21 | 1), "rdx": tdr, "r8": _n("large", index)}),
-                (_L.MEM_RANGE_BLOCK, {"rcx": Recipe("number", 2 << 21 | 1), "rdx": tdr}),
+                (_L.MEM_PAGE_AUG, {"rcx": table, "rdx": tdr, "r8": _n("large", index)}),
+                (_L.MEM_RANGE_BLOCK, {"rcx": table, "rdx": tdr}),
                 track,
-                (_L.MEM_PAGE_DEMOTE, {"rcx": Recipe("number", 2 << 21 | 1), "rdx": tdr, "r8": page[35 + index]}),
-                (_L.MEM_RANGE_BLOCK, {"rcx": Recipe("number", 2 << 21 | 1), "rdx": tdr}),
+                (_L.MEM_PAGE_DEMOTE, {"rcx": table, "rdx": tdr, "r8": page[35 + index]}),
+                (_L.MEM_RANGE_BLOCK, {"rcx": table, "rdx": tdr}),
                 track,
-                (_L.MEM_PAGE_PROMOTE, {"rcx": Recipe("number", 2 << 21 | 1), "rdx": tdr}),
+                (_L.MEM_PAGE_PROMOTE, {"rcx": table, "rdx": tdr}),
             ),
         ]
         flush = [(_L.VP_FLUSH, {"rcx": _n("tdvpr", 2 + 2 * index + n)}) for n in range(2)]
@@ -165,6 +196,8 @@ class Walls:
     def _fresh_host(self) -> Call:
         rng = self.rng
         leaf = rng.choice(self._host_leaves)
+        if self.world.stage < Stage.READY and rng.randrange(2):
+            leaf = rng.choice(_BRING_UP)
         rare = leaf in (_L.MNG_VPFLUSHDONE, _L.MNG_KEY_FREEID, _L.SYS_SHUTDOWN, _L.SYS_LP_SHUTDOWN)
         if rare and self.world.stage is Stage.POPULATED and rng.randrange(24):
             leaf = rng.choice((_L.MEM_RANGE_BLOCK, _L.MEM_TRACK, _L.MEM_PAGE_AUG, _L.MEM_SEPT_ADD, _L.MEM_PAGE_REMOVE))
@@ -180,8 +213,7 @@ class Walls:
             self._call(call, lp, given)
         except BrokenInvariantError as error:
             shown = ", ".join(f"{name}={value:#x}" for name, value in given.items())
-            name = SeamcallLeaf(call.leaf).mnemonic if call.rax is None else f"RAX={call.rax:#x}"
-            raise BrokenInvariantError(f"{error} | {name} v{call.version} {shown}") from error
+            raise BrokenInvariantError(f"{error} | version {call.version}, {shown}") from error
 
     def _call(self, call: Call, lp: LogicalProcessor, given: dict[str, int]) -> None:
         rng, world = self.rng, self.world
@@ -208,10 +240,12 @@ class Walls:
         try:
             lp.seamcall(regs)
         except (VmFail, MachineCheck) as error:
-            raise BrokenInvariantError(f"the TDX module shut down in leaf {rax & _LEAF}: {error}") from error
+            raise BrokenInvariantError(f"the TDX module shut down in {_mnemonic(rax)}: {error}") from error
         self._answered(call, regs, given, state)
         if before is not None and regs.rax & _ERROR and rax & _LEAF not in _MAY_CHANGE:
             self._unchanged(before, rax)
+        if world.oracle.state.sys_state == SysState.SHUTDOWN:
+            self._left = min(self._left, _CALLS_AFTER_SHUTDOWN)
         if not running:
             if rng.randrange(_CHECK_EVERY) == 0:
                 world.check()
@@ -222,7 +256,7 @@ class Walls:
         after = self.world.oracle.fingerprint(self.world.ranges)
         if after != before:
             at = [_difference(*pair) for pair in zip(before, after, strict=False) if pair[0] != pair[1]]
-            raise BrokenInvariantError(f"{SeamcallLeaf(rax & _LEAF).mnemonic} was refused and changed something | {at}")
+            raise BrokenInvariantError(f"{_mnemonic(rax)} was refused and changed something | {at}")
 
     def _state(self, given: dict[str, int]) -> tuple[object, ...]:
         """The state of what the operands name: part of the measure of coverage."""
@@ -233,7 +267,7 @@ class Walls:
             known = g.blocks.get(page >> 30) if not page & g.not_a_page & ~0xFFF else None
             level, kind, _ = oracle.pamt(page & PAGE_MASK) if known is not None else (0, -1, 0)
             kinds.append((level, kind))
-            if kind == 4:  # PT_TDR
+            if kind == PageType.TDR:
                 kinds.append(oracle.life_of(page & PAGE_MASK))
         return (g.sys_state, len(self._inside), *kinds)
 
@@ -350,6 +384,12 @@ def _difference(before: bytes, after: bytes) -> str:
     """The first bytes in which two structures differ."""
     at = next((n for n, pair in enumerate(zip(before, after, strict=False)) if pair[0] != pair[1]), 0) & -8
     return f"at {at:#x} {before[at : at + 16].hex()} became {after[at : at + 16].hex()}"
+
+
+def _mnemonic(rax: int) -> str:
+    """The leaf that a host's RAX names."""
+    leaf = rax & _LEAF
+    return SeamcallLeaf(leaf).mnemonic if leaf in HOST_LEAVES else f"leaf {leaf}"
 
 
 def _known(rax: int) -> None:
