@@ -126,7 +126,7 @@ def attack(
 
 
 def all_attacks() -> list[Attack]:
-    """Every attack, in the order of its files, by family."""
+    """Every attack, in the order of its files."""
     for home in _HOMES:
         importlib.import_module(f"softtdx.attack.{home}")
     return sorted(_registry.values(), key=_place)
