@@ -9,11 +9,12 @@ from itertools import pairwise
 import pytest
 from click.testing import CliRunner
 
+from softtdx.abi.leaves import SeamcallLeaf, TdcallLeaf
 from softtdx.attack import fuzz as fuzzing
 from softtdx.attack.campaign import CampaignError, CampaignState, Job, run_campaign
 from softtdx.attack.engines import LocalEngine
 from softtdx.attack.fuzz import TARGETS, Finding, Fuzzed, fuzz, machine_code, walls
-from softtdx.attack.fuzz.calls import fresh
+from softtdx.attack.fuzz.calls import fresh, kinds_of
 from softtdx.attack.fuzz.feedback import Corpus
 from softtdx.attack.fuzz.walls import Walls
 from softtdx.attack.fuzz.world import Stage, World
@@ -107,6 +108,24 @@ def test_a_defect_of_the_module_is_found(how, monkeypatch):
     monkeypatch.setattr(World, "_populate", with_defect)
     monkeypatch.setattr(walls, "_STAGES", (Stage.POPULATED,))
     assert fuzz("seamcall", 1, 2000).findings
+
+
+def test_operands_are_of_the_kinds_that_the_leaf_takes():
+    assert kinds_of(SeamcallLeaf.MNG_CREATE) == {"rcx": "page", "rdx": "hkid"}
+    assert kinds_of(TdcallLeaf.VP_RD) == {"rdx": "field vp"}, "which has the same number"
+    assert kinds_of(SeamcallLeaf.MEM_PAGE_ADD) == {"rcx": "info", "rdx": "tdr", "r8": "page", "r9": "page"}
+    assert kinds_of(SeamcallLeaf.SYS_CONFIG) == {"rcx": "buffer", "rdx": "edge", "r8": "hkid"}
+
+
+def test_a_seed_does_the_same_each_time():
+    def run(seed):
+        walls = Walls(random.Random(seed), enters=0.3, host_inside=0.3, stages=(Stage.POPULATED, Stage.READY))
+        while walls.host_calls < 1000:
+            walls.step()
+        return walls.host.seen, walls.guest.seen, walls.host_calls, walls.guest_calls
+
+    assert run(3) == run(3)
+    assert run(3) != run(4)
 
 
 def test_what_led_to_something_new_is_tried_again():

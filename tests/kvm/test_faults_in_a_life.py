@@ -181,5 +181,5 @@ def test_a_vcpu_that_cannot_be_entered_says_so_and_the_td_can_go_on(host):
     assert life.reasons == [KvmExit.FAIL_ENTRY]
     assert life.vcpus[0].kvm_run.fail_entry.hardware_entry_failure_reason == FAILED
     life.run()
-    assert life.reasons == [KvmExit.INTERNAL_ERROR]  # its reset vector has no memory: it was entered
+    assert life.reasons == [KvmExit.MEMORY_FAULT]  # its reset vector has no memory: it was entered
     life.close()

@@ -38,9 +38,11 @@ def test_a_td_is_built_run_and_closed(process):
     td = Td(process)
     left = struct.unpack("<QQQ", process.mm.read(td.region, 24))
     assert left == (td.source + PAGE, PAGE, 0)
-    # Its reset vector lies in memory that nobody gave: the run ends there, as KVM says it does.
-    assert process.ioctl(td.vcpu, KvmIoctl.RUN) == 0
-    assert process.kvm_run(td.vcpu).exit_reason is KvmExit.INTERNAL_ERROR
+    # Its reset vector lies in memory that nobody gave: user space is told so.
+    fails(EFAULT, process.ioctl, td.vcpu, KvmIoctl.RUN)
+    run = process.kvm_run(td.vcpu)
+    assert run.exit_reason is KvmExit.MEMORY_FAULT
+    assert (run.memory_fault.gpa, run.memory_fault.size, run.memory_fault.private) == (0xFFFF_F000, PAGE, True)
     process.close(td.vm)
     assert process.ioctl(td.vcpu, KvmIoctl.GET_CPUID2, bytearray(8)) == 0  # the vCPU keeps the VM alive
     process.close(td.vcpu)

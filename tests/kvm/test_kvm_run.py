@@ -9,7 +9,7 @@ from ioctl_td import answered, fails
 from test_vcpu_state import Machine
 
 from softtdx.abi.ghci import VmcallLeaf, VmcallStatus
-from softtdx.abi.kvm import EXIT_HYPERCALL_LONG_MODE, HC_MAP_GPA_RANGE, KvmExit, KvmIoctl
+from softtdx.abi.kvm import EXIT_HYPERCALL_LONG_MODE, HC_MAP_GPA_RANGE, MEMORY_EXIT_FLAG_PRIVATE, KvmExit, KvmIoctl
 from softtdx.abi.kvm_run import EXIT_AT, KvmRun
 from softtdx.kvm.ioctl import Process
 from softtdx.kvm.memory import PAGE
@@ -183,18 +183,16 @@ def test_a_fatal_error_gives_user_space_sixteen_registers(host):
     assert run.system_event.data[11:15] == (VmcallLeaf.REPORT_FATAL_ERROR, 0xBAD, 0, 0x6F6F)
 
 
-def test_what_a_td_may_not_do_is_an_internal_error_with_the_modules_words(host):
-    runs = []
+def test_private_memory_that_is_not_there_is_a_memory_fault(host):
+    faults = []
 
     def keep(run):
-        runs.append(KvmRun(bytearray(run.view)))
+        faults.append((run.memory_fault.flags, run.memory_fault.gpa, run.memory_fault.size))
         return True
 
-    with pytest.raises(GuestError):
-        exits_of(host, lambda td: td.load(0x7000_0000), {KvmExit.INTERNAL_ERROR: keep})
-    internal = runs[0].internal
-    assert (internal.suberror, internal.ndata) == (4, 2)
-    assert internal.data[2:] == (0,) * 14
+    with pytest.raises(GuestError, match="where it has none"):
+        exits_of(host, lambda td: td.load(0x7000_0123), {KvmExit.MEMORY_FAULT: keep})
+    assert faults == [(MEMORY_EXIT_FLAG_PRIVATE, 0x7000_0000, PAGE)]
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -93,3 +93,14 @@ def test_without_a_notification_nothing_is_delivered(td):
     for _ in range(5):
         assert interrupted(td).rax == ExitReason.EXTERNAL_INTERRUPT
     assert machine.lps[0].read(DESCRIPTOR + VECTOR // 8, 1) != b"\0"
+
+
+def test_the_processor_drops_what_is_posted_with_an_exceptions_vector(td):
+    while td.machine.lps[0].core.retired < 40:
+        interrupted(td)
+    for vector in range(31):
+        post(td, vector)
+        assert interrupted(td).rax == ExitReason.EXTERNAL_INTERRUPT
+        assert td.machine.lps[0].read(DESCRIPTOR, 33) == bytes(33)
+    post(td, VECTOR)
+    assert enter(td).r8 == MARK

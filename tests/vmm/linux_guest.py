@@ -17,6 +17,8 @@ from softtdx.vmm.linux.machine import LinuxMachine
 from softtdx.vmm.linux.report import boot_report
 from softtdx.vmm.quoting import QuotingService
 
+MAC = bytes.fromhex("525400000001")
+
 
 def debian_images():
     """The cached images, or those that apt gives. Without network: skip, but fail in CI."""
@@ -50,7 +52,9 @@ class Boot:
         return self.report["console"].replace("\r\n", "\n")
 
 
-def boot(command, *, vm=False, vcpus=1, files=None, append="quiet", memory=512 << 20, meanwhile=None, network=None):
+def boot(
+    command, *, vm=False, vcpus=1, files=None, append="quiet", memory=512 << 20, meanwhile=None, network=None, mac=MAC
+):
     """Boot Debian's kernel, run `command`, tear the machine down and check that nothing is left.
 
     `meanwhile(machine)` runs beside it, outside; the TD then has an agent. `network` is what its eth0 is plugged into.
@@ -69,7 +73,7 @@ def boot(command, *, vm=False, vcpus=1, files=None, append="quiet", memory=512 <
     config = MachineConfig(memory=memory, vm=vm, vcpus=vcpus, agent=agent)
     with LinuxMachine(host, config, quoting=quoting) as machine, ThreadPoolExecutor(1) as pool:
         if network is not None:
-            machine.add_network(network.plug, bytes.fromhex("525400000001"))
+            machine.add_network(network.plug, mac)
         machine.load_kernel(kernel, initrd, line)
         beside = pool.submit(meanwhile, machine) if agent else None
         result = machine.run()

@@ -229,3 +229,9 @@ def test_an_agent_needs_a_td_and_a_quoting_service(host):
         MachineConfig(vm=True, agent=True)
     with pytest.raises(MachineError, match="quoting service"):
         Machine(host, MachineConfig(agent=True))
+    config = MachineConfig(memory=4 * MIB, vcpus=64, agent=True)
+    with (
+        Machine(host, config, quoting=QuotingService(host.platform)) as machine,
+        pytest.raises(MachineError, match="64 vCPUs and the agent's"),
+    ):
+        machine.load(parse_payload(HALT, "halt"))

@@ -4,6 +4,8 @@ import base64
 import re
 import shutil
 import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from softtdx.attest.eventlog import EventLog
 from softtdx.attest.measure import LinuxBoot, linux_boot_log
 from softtdx.attest.quote import Quote
 from softtdx.hw.seamops import SeamOpsStatus
+from softtdx.vmm.net import SocketLink
 
 COMPLAINTS = re.compile(r"unexpected #VE|oops|BUG:|WARNING:|Call Trace|unchecked MSR|Kernel panic", re.IGNORECASE)
 OUTSIDE = b"asked for from outside".ljust(64, b"\0")
@@ -136,6 +139,44 @@ def test_a_tdreport_from_the_device_file_has_a_mac_that_verifies(td, report_prog
     assert seamops.verify(raw[:256]) is SeamOpsStatus.SUCCESS
     assert seamops.verify(raw[:130] + b"\xff" + raw[131:256]) is not SeamOpsStatus.SUCCESS
     assert TdReport.parse(raw).report_mac.report_data == bytes(range(64))
+
+
+class Cable:
+    """One end of a socket that two guests share."""
+
+    def __init__(self, path):
+        self._path = path
+
+    def plug(self, receive):
+        self._link = SocketLink(self._path, receive)
+        return self._link
+
+    def unplug(self):
+        self._link.close()
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(3600)
+def test_two_tds_talk_tcp_with_each_other():
+    # Each asks until the other is there, and stays until it has been served.
+    script = """
+    ip link set eth0 up; ip addr add 10.0.0.{me}/24 dev eth0
+    (echo from {me} | nc -l -p 7777; echo served) &
+    until heard=$(nc -w 5 10.0.0.{other} 7777) && [ "$heard" ]; do sleep 1; done
+    echo "heard: $heard"; wait
+    """
+    with tempfile.TemporaryDirectory(prefix="td-") as folder, ThreadPoolExecutor(2) as pool:
+        ends = [Cable(Path(folder) / "net") for _ in range(2)]
+        boots = [
+            pool.submit(boot, script.format(me=me, other=3 - me), network=end, mac=bytes([2, 0, 0, 0, 0, me]))
+            for me, end in enumerate(ends, 1)
+        ]
+        texts = [done.result().text for done in boots]
+        for end in ends:
+            end.unplug()
+    assert "heard: from 2" in texts[0]
+    assert "heard: from 1" in texts[1]
+    assert all("served" in text for text in texts)
 
 
 @pytest.mark.nightly

@@ -171,6 +171,14 @@ def test_a_folder_that_cannot_be_made_is_said_to_be_so(runtime, monkeypatch):
     assert running() == []
 
 
+def test_a_lock_that_cannot_be_had_is_said_to_be_so(runtime):
+    with announce("other", lambda: FACTS):
+        (runtime / "mine.lock").symlink_to(runtime / "elsewhere")
+        with pytest.raises(MachineError, match="no machine can be named mine"), announce("mine", lambda: FACTS):
+            pass
+        assert not (runtime / "elsewhere").exists()
+
+
 def test_without_a_runtime_folder_the_cache_serves(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

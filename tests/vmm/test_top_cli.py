@@ -1,6 +1,9 @@
 """`softtdx top` as a user meets it."""
 
 import json
+import signal
+import subprocess
+import sys
 
 import pytest
 from click.testing import CliRunner
@@ -24,7 +27,7 @@ def chatty(tmp_path):
 
 
 def test_a_sample_tells_what_a_td_and_a_vm_do(chatty):
-    result = top("--json", "--interval", "0.5", chatty, f"vm:{chatty}")
+    result = top("--json", "--once", "--interval", "0.5", chatty, f"vm:{chatty}")
     assert result.exception is None
     facts = json.loads(result.stdout)
     assert facts["keyids"] - facts["keyids_free"] == 1
@@ -52,9 +55,49 @@ def test_without_a_program_it_shows_the_demo_and_ends_with_it():
 def test_how_a_guest_ended_is_shown(tmp_path):
     file = tmp_path / "bad"
     file.write_bytes(bytes.fromhex("0f0b"))  # ud2
-    (td,) = json.loads(top("--json", "--interval", "5", file).stdout)["vms"]
+    (td,) = json.loads(top("--json", "--once", "--interval", "60", file).stdout)["vms"]
     assert td["end"] == "exit"
     assert td["guest_status"] != 0
+
+
+def test_a_stream_has_an_object_a_line_until_all_have_ended():
+    result = top("--json", "--interval", "0.05")
+    assert result.exception is None
+    samples = [json.loads(line) for line in result.stdout.splitlines()]
+    ends = [[vm["end"] for vm in one["vms"]] for one in samples]
+    assert ends[-1] == ["exit", "exit"]
+    assert ends == sorted(ends, key=lambda row: row.count("exit"))  # who has ended stays so
+    times = [one["time"] for one in samples]
+    assert times == sorted(set(times))
+    for counter in ("instructions", "conversions"):
+        counts = [sum(vm[counter] for vm in one["vms"]) for one in samples]
+        assert counts == sorted(counts)
+
+
+@pytest.fixture
+def stream(chatty):
+    """`softtdx top --json` as a process, whose first line has been read."""
+    command = [sys.executable, "-m", "softtdx", "top", "--json", "--interval", "0.05", str(chatty)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert json.loads(process.stdout.readline())["vms"][0]["end"] == "running"
+            yield process
+        finally:
+            process.kill()
+
+
+def test_ctrl_c_ends_the_stream_and_says_nothing(stream):
+    stream.send_signal(signal.SIGINT)
+    out, err = stream.communicate(timeout=60)
+    assert stream.returncode == 0
+    assert all(json.loads(line) for line in out.splitlines())
+    assert not err
+
+
+def test_when_nobody_reads_the_stream_any_more_it_ends(stream):
+    stream.stdout.close()
+    stream.wait(timeout=60)
+    assert not stream.stderr.read()
 
 
 @pytest.mark.parametrize("args", [("/nonexistent",), ("vm:/nonexistent",), ("--memory", "64G")])

@@ -1,8 +1,9 @@
 """The attack laboratory: a hostile host, a hostile DIMM and a hostile neighbour, each trying what real attackers try.
 
 Reading order: `lab` (what an attack is and how its outcome is judged), `scene` (the machine under attack: a victim
-with a secret, and what an attacker can reach), then the families: `memory`, `mapping`,
-`control` with `vcpu`, `attestation`; `probe` is what a probe on the memory bus sees. Every attack runs on the protected
+with a secret, and what an attacker can reach), `flawed` (a module with one check taken out), then the attacks:
+`memory`, `mapping`, `races`, `control`, `caches`, `parameters`, `modes`, `module_image`, `vcpu`, `events`, `stepping`,
+`replies`, `attestation`; `probe` is what a probe on the memory bus sees. Every attack runs on the protected
 platform, where TDX's promise must hold, and on an unprotected one, where it must succeed, or it proves nothing.
 """
 

@@ -7,7 +7,6 @@ from softtdx.attack.lab import Observation, Outcome, attack
 from softtdx.attack.scene import PAGE, SECRET, SECRET_GPA, SPARE_GPA, Scene, Seamcall, Seen, Victim, judge, say
 from softtdx.hw import LogicalProcessor, Registers
 from softtdx.kvm import seamcalls as sc
-from softtdx.kvm.tdx import TdxVm
 from softtdx.vmm import MachineError
 from softtdx.vmm.python_guest import PythonGuest, Td
 
@@ -37,13 +36,6 @@ def _skip(lp: LogicalProcessor, regs: Registers, call: Seamcall) -> None:
     regs.rax = 0
 
 
-def _hkid(guest: PythonGuest) -> int:
-    ops = guest.machine.vm.ops
-    assert isinstance(ops, TdxVm)
-    assert ops.hkid is not None
-    return ops.hkid
-
-
 @attack(
     "keyid-reuse",
     "control",
@@ -59,11 +51,12 @@ def keyid_reuse(scene: Scene) -> Observation:
     back. Under the same key, at the same address, they verify: the accomplice reads the victim's secret.
     """
     flawed_host(scene, *_KEYID_USED_TWICE)
-    place, learned = 0, b""
+    place, hkid, learned = 0, 0, b""
 
     def owner(td: Td) -> None:
-        nonlocal place
-        place = Victim(first, td).pa()
+        nonlocal place, hkid
+        victim = Victim(first, td)
+        place, hkid = victim.pa(), victim.hkid()
 
     def accomplice(td: Td) -> None:
         nonlocal learned
@@ -83,7 +76,6 @@ def keyid_reuse(scene: Scene) -> Observation:
         assert slot.guest_memfd is not None
         slot.guest_memfd.punch_hole(slot.file_offset(SECRET_GPA), PAGE)
         assert scene.host.memory.alloc_at(place)
-        hkid = _hkid(first)
         tdx._free_keyids.insert(0, hkid)
         try:
             with PythonGuest(scene.host, accomplice, scene.config()) as second:
@@ -112,8 +104,9 @@ def keyid_freed_dirty(scene: Scene) -> Observation:
     skipping = True
 
     def owner(td: Td) -> None:
-        nonlocal place
-        place = Victim(first, td).pa()
+        nonlocal place, hkid
+        victim = Victim(first, td)
+        place, hkid = victim.pa(), victim.hkid()
 
     def cache_wb(lp: LogicalProcessor, regs: Registers, call: Seamcall) -> None:
         if skipping:
@@ -136,7 +129,7 @@ def keyid_freed_dirty(scene: Scene) -> Observation:
     def accomplice(td: Td) -> None:
         nonlocal learned
         other = Victim(second, td, secret=bytes(PAGE))
-        assert other.tdx().hkid == hkid
+        assert other.hkid() == hkid
         other.put_at(SPARE_GPA, place)
         other.touch(SPARE_GPA)
         said.append(f"{scene.host.platform.caches.evict()} lines were evicted late")
@@ -148,7 +141,6 @@ def keyid_freed_dirty(scene: Scene) -> Observation:
         PythonGuest(scene.host, owner, scene.config()) as first,
     ):
         first.run()
-        hkid = _hkid(first)
         scene.host.platform.caches.hold(scene.description.keyed(place, hkid), PAGE)
     assert scene.host.memory.alloc_at(place)
     with PythonGuest(scene.host, accomplice, scene.config()) as second:
@@ -178,7 +170,7 @@ def evicted_late(scene: Scene) -> Observation:
         other.touch(SPARE_GPA)
         td.write(SPARE_GPA, _FORGED)
         place = other.pa(SPARE_GPA)
-        caches.hold(d.keyed(place, other.tdx().hkid or 0), PAGE)
+        caches.hold(d.keyed(place, other.hkid()), PAGE)
         td.tdvmcall(VmcallLeaf.MAP_GPA, SPARE_GPA | td.shared_bit, PAGE)  # the host takes the page away
 
     def act(victim: Victim) -> Seen:

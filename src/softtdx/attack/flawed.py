@@ -22,7 +22,7 @@ from softtdx.seamldr.image import build_image
 from softtdx.seamldr.release import HANDOFF_VERSION, SEAM_SVN, SUPPORTED_CPUS, Release
 from softtdx.seamldr.sigstruct import KEY_BITS, sign, signer_hash
 
-__all__ = ["Flaw", "attackers_key", "flawed_host", "host_with", "image_with", "signed"]
+__all__ = ["Flaw", "attackers_key", "flawed_host", "host_with", "host_without_module", "image_with", "signed"]
 
 
 @dataclass(frozen=True)
@@ -66,13 +66,18 @@ def image_with(*flaws: Flaw) -> bytes:
         return build_image(sources)
 
 
-def host_with(scene: Scene, release: Release) -> Host:
-    """A host that loads `release`; without protection, on a platform whose loader trusts the attacker's key."""
+def host_without_module(scene: Scene) -> Host:
+    """A host that has loaded no module; without protection, on a platform whose loader trusts the attacker's key."""
     platform = Platform(scene.description)
     if not scene.protected:
         modulus = attackers_key().public_key().public_numbers().n
         launch_np_seamldr(platform, signer=signer_hash(modulus.to_bytes(KEY_BITS // 8, "little")))
-    host = Host(platform)
+    return Host(platform)
+
+
+def host_with(scene: Scene, release: Release) -> Host:
+    """The same, and it loads `release`."""
+    host = host_without_module(scene)
     host.enable_tdx(release)
     return host
 

@@ -8,7 +8,6 @@ from softtdx.attack.flawed import Flaw, flawed_host
 from softtdx.attack.lab import Observation, Outcome, attack
 from softtdx.attack.scene import PAGE, SECRET, Scene, Seamcall, Seen, Victim, judge
 from softtdx.hw import LogicalProcessor, Registers
-from softtdx.kvm.tdx import TdxVm
 from softtdx.vmm import Machine, MachineError
 from softtdx.vmm.launcher import FIRMWARE_BASE
 from softtdx.vmm.python_guest import PythonGuest, Td
@@ -131,10 +130,8 @@ def source_of_another(scene: Scene) -> Observation:
 
     def owner(td: Td) -> None:
         nonlocal source
-        place, ops = Victim(first, td).pa(), first.machine.vm.ops
-        assert isinstance(ops, TdxVm)
-        assert ops.hkid is not None
-        source = scene.description.keyed(place, ops.hkid)
+        victim = Victim(first, td)
+        source = scene.description.keyed(victim.pa(), victim.hkid())
 
     def accomplice(td: Td) -> None:
         nonlocal learned

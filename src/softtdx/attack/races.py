@@ -6,15 +6,13 @@ from softtdx.abi.ghci import VmcallLeaf
 from softtdx.abi.leaves import SeamcallLeaf as Leaf
 from softtdx.abi.status import Status, status_of
 from softtdx.abi.structs import Attributes
-from softtdx.attack.flawed import Flaw, attackers_key, flawed_host, image_with, signed
+from softtdx.attack.flawed import Flaw, attackers_key, flawed_host, host_without_module, image_with, signed
 from softtdx.attack.lab import Observation, Outcome, attack
 from softtdx.attack.mapping import drop_and_give_anew
 from softtdx.attack.scene import LINE, PAGE, SECRET, SECRET_GPA, SPARE_GPA, Scene, Seamcall, Seen, Victim, judge, say
-from softtdx.hw import LogicalProcessor, Platform, Registers
-from softtdx.kvm import Host
+from softtdx.hw import LogicalProcessor, Registers
 from softtdx.kvm.uapi import HypercallExit
-from softtdx.seamldr import development_release, launch_np_seamldr
-from softtdx.seamldr.sigstruct import KEY_BITS, signer_hash
+from softtdx.seamldr import development_release
 from softtdx.vmm import GuestError
 from softtdx.vmm.launcher import FIRMWARE_BASE
 from softtdx.vmm.python_guest import PythonGuest, Td, VeError
@@ -151,13 +149,8 @@ def race_tdmr_info(scene: Scene) -> Observation:
     Then it asks the module what a page of the PAMT is.
     """
     scene.always_td = True
-    host = Host(Platform(scene.description))
-    release = development_release()
-    if not scene.protected:
-        modulus = attackers_key().public_key().public_numbers().n
-        launch_np_seamldr(host.platform, signer=signer_hash(modulus.to_bytes(KEY_BITS // 8, "little")))
-        release = signed(image_with(_TDMR_TWICE), attackers_key())
-    scene.host = host
+    scene.host = host = host_without_module(scene)
+    release = development_release() if scene.protected else signed(image_with(_TDMR_TWICE), attackers_key())
 
     def sys_config(lp: LogicalProcessor, regs: Registers, call: Seamcall) -> None:
         infos = [scene.host.memory.rd64(regs.rcx + 8 * i) for i in range(regs.rdx)]

@@ -142,6 +142,12 @@ class Victim:
         assert isinstance(self.machine.vm.ops, TdxVm)
         return self.machine.vm.ops
 
+    def hkid(self) -> int:
+        """The TD's KeyID, which the host gave it."""
+        hkid = self.tdx().hkid
+        assert hkid is not None
+        return hkid
+
 
 class Scene:
     """One side of an attack. Use it in a with statement.
@@ -239,14 +245,17 @@ class Scene:
             return seamcall
 
         lps = self.host.platform.lps
-        before = [lp.seamcall for lp in lps]
-        for lp, call in zip(lps, before, strict=True):
-            lp.seamcall = around(lp, call)  # type: ignore[method-assign,assignment]
+        before = [vars(lp).get("seamcall") for lp in lps]  # of another such hook
+        for lp in lps:
+            lp.seamcall = around(lp, lp.seamcall)  # type: ignore[method-assign,assignment]
         try:
             yield
         finally:
             for lp, call in zip(lps, before, strict=True):
-                lp.seamcall = call  # type: ignore[method-assign]
+                if call is None:
+                    del lp.seamcall
+                else:
+                    lp.seamcall = call  # type: ignore[method-assign]
 
     def under_attack(self, act: Callable[[Victim], Seen], *, interrupts: bool = False) -> Observation:
         """Start a victim, let `act` happen between two of its instructions, then let it read its secret.

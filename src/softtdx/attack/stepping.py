@@ -9,11 +9,14 @@ from collections.abc import Callable
 from statistics import fmean
 
 from softtdx.abi.exits import ExitReason
+from softtdx.abi.fields import table
 from softtdx.abi.leaves import SeamcallLeaf as Leaf
+from softtdx.abi.leaves import TdcallLeaf
 from softtdx.abi.vmcs import EXIT_REASON, GUEST_PHYSICAL_ADDRESS
 from softtdx.attack.lab import Observation, Outcome, attack
 from softtdx.attack.scene import PAGE, SECRET, SPARE_GPA, Scene, Seen, Victim
 from softtdx.hw import LogicalProcessor
+from softtdx.vmm.python_guest import VeError
 
 __all__: list[str] = []
 
@@ -118,6 +121,68 @@ def nmi_storm(scene: Scene) -> Observation:
     return _count_exits(scene, interrupt)
 
 
+def _take_away(scene: Scene, victim: Victim, page: int) -> None:
+    """The host unmaps a page, so that the next access is an EPT violation."""
+    if scene.is_td:
+        tdr = victim.tdx().require_tdr()
+        scene.seamcall(Leaf.MEM_RANGE_BLOCK, rcx=page, rdx=tdr)
+        scene.seamcall(Leaf.MEM_TRACK, rcx=tdr)
+        victim.leave()
+        return
+    ept = victim.machine.vm.ept
+    assert ept is not None
+    ept.unmap(page, page + PAGE)
+    victim.flush()
+
+
+def _give_back(scene: Scene, victim: Victim, page: int) -> None:
+    if scene.is_td:
+        scene.seamcall(Leaf.MEM_RANGE_UNBLOCK, rcx=page, rdx=victim.tdx().require_tdr())
+        return
+    ept = victim.machine.vm.ept
+    assert ept is not None
+    ept.map(page, victim.pa(page))
+
+
+def _replay_access(scene: Scene, victim: Victim, access: Callable[[], object]) -> tuple[bytes, str]:
+    """The guest's `access` to a page that was taken away is tried again and again, and each try is looked at.
+
+    Returns what the probe made of the key in XMM0, and how often it looked. The page is given back in the end.
+    """
+    ops = victim.machine.vcpus[0].ops
+    enter, answer = ops.run, ops.handle_exit
+    looks: list[list[float]] = []
+    noise = random.Random(7)
+    before = entered = 0
+
+    def run(lp: LogicalProcessor) -> None:
+        nonlocal before
+        before = lp.core.counters()["exits"]
+        enter(lp)
+
+    def handle_exit(lp: LogicalProcessor) -> bool:
+        nonlocal entered
+        if _reason(scene, victim, lp) != ExitReason.EPT_VIOLATION:
+            return answer(lp)
+        if entered == _REPLAYS:
+            _give_back(scene, victim, _TABLE)
+            return True
+        entered += 1
+        if lp.core.counters()["exits"] > before:  # the processor was in the guest, and tried the instruction
+            looks.append([(_KEY >> bit & 1) + noise.gauss(0, _NOISE) for bit in range(_BITS)])
+        return True
+
+    victim.td.processor.core.set_xmm(0, _KEY)
+    ops.run, ops.handle_exit = run, handle_exit  # type: ignore[method-assign]
+    try:
+        access()
+    finally:
+        del ops.run, ops.handle_exit
+    averages = [fmean(look[bit] for look in looks) for bit in range(_BITS)]
+    key = sum((average > 1 / 2) << bit for bit, average in enumerate(averages))
+    return key.to_bytes(_KEY_SIZE, "little"), f"{len(looks)} looks in {entered} entries"
+
+
 @attack(
     "zero-step",
     "control",
@@ -132,61 +197,44 @@ def zero_step(scene: Scene) -> Observation:
     Each try gives a probe (power, electromagnetic emanation) one more look at the key, in noise twice as strong as the
     difference of a bit. Hundreds of looks average the noise out, seven do not.
     """
-    looks: list[list[float]] = []
-    noise = random.Random(7)
 
     def act(victim: Victim) -> Seen:
-        ops, td = victim.machine.vcpus[0].ops, victim.td
-        enter, answer = ops.run, ops.handle_exit
-        core = td.processor.core
         victim.touch(_TABLE)
-        take_away(victim)
-        before = entered = 0
-
-        def run(lp: LogicalProcessor) -> None:
-            nonlocal before
-            before = lp.core.counters()["exits"]
-            enter(lp)
-
-        def handle_exit(lp: LogicalProcessor) -> bool:
-            nonlocal entered
-            if _reason(scene, victim, lp) != ExitReason.EPT_VIOLATION or entered == _REPLAYS:
-                give_back(victim)
-                return answer(lp) if _reason(scene, victim, lp) != ExitReason.EPT_VIOLATION else True
-            entered += 1
-            if lp.core.counters()["exits"] > before:  # the processor was in the guest, and tried the instruction
-                looks.append([(_KEY >> bit & 1) + noise.gauss(0, _NOISE) for bit in range(_BITS)])
-            return True
-
-        core.set_xmm(0, _KEY)
-        ops.run, ops.handle_exit = run, handle_exit  # type: ignore[method-assign]
-        td.load(_TABLE)
-        del ops.run, ops.handle_exit
-        averages = [fmean(look[bit] for look in looks) for bit in range(_BITS)]
-        key = sum((average > 1 / 2) << bit for bit, average in enumerate(averages))
-        return Seen(key.to_bytes(_KEY_SIZE, "little"), f"{len(looks)} looks in {entered} entries")
-
-    def take_away(victim: Victim) -> None:
-        if scene.is_td:
-            tdr = victim.tdx().require_tdr()
-            scene.seamcall(Leaf.MEM_RANGE_BLOCK, rcx=_TABLE, rdx=tdr)
-            scene.seamcall(Leaf.MEM_TRACK, rcx=tdr)
-            victim.leave()
-        else:
-            ept = victim.machine.vm.ept
-            assert ept is not None
-            ept.unmap(_TABLE, _TABLE + PAGE)
-            victim.flush()
-
-    def give_back(victim: Victim) -> None:
-        if scene.is_td:
-            scene.seamcall(Leaf.MEM_RANGE_UNBLOCK, rcx=_TABLE, rdx=victim.tdx().require_tdr())
-        else:
-            ept = victim.machine.vm.ept
-            assert ept is not None
-            ept.map(_TABLE, victim.pa(_TABLE))
+        _take_away(scene, victim, _TABLE)
+        return Seen(*_replay_access(scene, victim, lambda: victim.td.load(_TABLE)))
 
     return scene.under_attack(act)
+
+
+@attack(
+    "zero-step-notified",
+    "control",
+    title="The same to a guest that wants to be told",
+    promise="With NOTIFY_ENABLES the TD gets a #VE before it goes on, and can give up the key that was looked at.",
+    expected=Outcome.DETECTED,
+    unprotected=_ORDINARY,
+)
+def zero_step_notified(scene: Scene) -> Observation:
+    """Seven looks at each access add up, over many accesses. A TD that set NOTIFY_ENABLES learns of the first seven."""
+    told = ""
+
+    def act(victim: Victim) -> Seen:
+        nonlocal told
+        td = victim.td
+        victim.touch(_TABLE)
+        if td.is_td:
+            field = table("td")["NOTIFY_ENABLES"].field_id
+            assert td.tdcall(TdcallLeaf.VM_WR, rdx=field, r8=1, r9=1).rax == 0
+        _take_away(scene, victim, _TABLE)
+        try:
+            return Seen(*_replay_access(scene, victim, lambda: td.load(_TABLE)))
+        except VeError:
+            info = td.ve_info()
+            told = f"#VE for exit reason {info.rcx & 0xFFFF} at GPA {info.r9:#x}: the guest uses its key no more"
+        return Seen(note=told)
+
+    seen = scene.under_attack(act)
+    return Observation(Outcome.DETECTED, told) if told and not seen.outcome.attacker_won else seen
 
 
 @attack(

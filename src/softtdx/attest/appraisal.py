@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime
-from operator import ge
+from operator import ge, itemgetter
 from typing import Any, TypeVar
 
 from softtdx.attest.errors import MalformedError
@@ -55,6 +55,7 @@ TDX_TCB_INFO_VERSION = 3
 QE_IDENTITY_VERSIONS = (2, 3)
 SGX_DEBUG = 0x02
 SVN_COUNT = 16
+SVN = itemgetter("svn")
 
 
 class AppraisalError(MalformedError):
@@ -117,8 +118,8 @@ class Level:
             advisory_ids=tuple(str(item) for item in value.get("advisoryIDs", ())),
             date=str(value["tcbDate"]),
             isv_svn=_number(tcb.get("isvsvn", 0)),
-            sgx=bytes([item["svn"] for item in tcb.get("sgxtcbcomponents", ())]),
-            tdx=bytes([item["svn"] for item in tcb.get("tdxtcbcomponents", ())]),
+            sgx=bytes(map(SVN, tcb.get("sgxtcbcomponents", ()))),
+            tdx=bytes(map(SVN, tcb.get("tdxtcbcomponents", ()))),
             pce_svn=_number(tcb.get("pcesvn", 0)),
         )
 

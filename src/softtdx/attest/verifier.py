@@ -10,6 +10,7 @@ import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from softtdx.abi.structs import Attributes
 from softtdx.attest.appraisal import AppraisalError, EnclaveIdentity, Level, TcbInfo, relaunch_advised
@@ -48,8 +49,7 @@ class VerificationError(SoftTdxError):
     """A quote is not accepted."""
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """One thing checked: its name, whether it held, and what was found."""
 
     name: str
@@ -87,7 +87,7 @@ class Verdict:
             "status": self.status,
             "advisory_ids": list(self.advisory_ids),
             "reason": self.reason,
-            "steps": [vars(step) for step in self.steps],
+            "steps": [step._asdict() for step in self.steps],
             "quote": self.quote.describe() if self.quote else None,
         }
 

@@ -3,7 +3,7 @@
 import json
 import sys
 import threading
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from time import monotonic, sleep
 
@@ -86,14 +86,21 @@ class _Run:
 @click.option("--vcpus", type=int, default=1, show_default=True, help="vCPUs of each guest.")
 @click.option("--interval", type=click.FloatRange(0.05, 60), default=1.0, show_default=True, help="Seconds a sample.")
 @click.option("--platform", type=click.Path(), metavar="FILE.toml", help="The machine to simulate.")
-@click.option("--json", "as_json", is_flag=True, help="Take one sample after one interval and print it as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object a line, one each interval.")
+@click.option("--once", is_flag=True, help="Take one sample, after one interval, and end.")
 def top(
-    payloads: tuple[str, ...], memory: int, vcpus: int, interval: float, platform: str | None, as_json: bool
+    payloads: tuple[str, ...],
+    memory: int,
+    vcpus: int,
+    interval: float,
+    platform: str | None,
+    as_json: bool,
+    once: bool,
 ) -> int:
     """Run PAYLOADs side by side on one host and show what KVM and the TDX module do, until all have ended.
 
     Each PAYLOAD is a program as for `softtdx run`; it runs as a TD, or as an ordinary VM if written vm:PAYLOAD. Without
-    one, the demo program runs as both. Ctrl-C ends it.
+    one, the demo program runs as both. Ctrl-C ends it; so does the end of whoever reads its output.
     """
     programs = [_program(text) for text in payloads] or [
         (name, parse_payload(PAYLOADS["demo"], "demo"), vm) for name, vm in (("demo", False), ("vm:demo", True))
@@ -108,11 +115,9 @@ def top(
         before = sample(host)
         for run in runs:
             run.load()
-        if as_json:
-            _wait(runs, interval)
-            click.echo(json.dumps(_as_json(before, sample(host), runs)))
-        else:
-            _watch(host, runs, interval)
+        with suppress(KeyboardInterrupt):
+            watch = _stream if as_json else _watch
+            watch(host, runs, before, interval, once=once)
     for run in runs:
         if run.error is not None:
             raise run.error if isinstance(run.error, SoftTdxError) else SoftTdxError(f"{run.name}: {run.error}")
@@ -133,18 +138,28 @@ def _wait(runs: list[_Run], seconds: float) -> bool:
     return all(run.over for run in runs)
 
 
-def _watch(host: Host, runs: list[_Run], interval: float) -> None:
+def _stream(host: Host, runs: list[_Run], before: HostSample, interval: float, *, once: bool) -> None:
+    """A sample a line, with rates over the time since the one before; the last shows how the guests ended."""
+    over = False
+    while not over:
+        over = _wait(runs, interval) or once
+        now = sample(host)
+        click.echo(json.dumps(_as_json(before, now, runs)))  # which flushes
+        before = now
+
+
+def _watch(host: Host, runs: list[_Run], before: HostSample, interval: float, *, once: bool) -> None:
     console = Console() if sys.stdout.isatty() else Console(width=_WIDTH)
-    before = sample(host)
     with Live(_frame(before, before, runs), console=console, auto_refresh=False) as live:
-        try:
-            while not _wait(runs, interval):
-                now = sample(host)
-                live.update(_frame(before, now, runs), refresh=True)
-                before = now
-        except KeyboardInterrupt:
-            pass
-        live.update(_frame(before, sample(host), runs), refresh=True)
+        over = False
+        while not over:
+            try:
+                over = _wait(runs, interval) or once
+            except KeyboardInterrupt:
+                over = True
+            now = sample(host)
+            live.update(_frame(before, now, runs), refresh=True)
+            before = now
 
 
 def _frame(before: HostSample, now: HostSample, runs: list[_Run]) -> Group:

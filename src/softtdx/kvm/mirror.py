@@ -25,6 +25,7 @@ _PARTS = 512  # mappings that one of the next size replaces
 _MASK_4K, _MASK_2M, _MASK_1G = (~(sept.level_size(level) - 1) for level in range(3))
 _LARGEST_LEAF = 2  # level: a page of 1 GiB
 _RETRIES = 10_000
+_SUCCESS = Status.SUCCESS
 
 
 @dataclass
@@ -108,7 +109,7 @@ class SecureEpt:
             raise KvmError(errno.EEXIST, f"private memory is already mapped at GPA {gpa:#x}")
         while not self._add_tables(lp, gpa, 0):
             pass
-        self._retry(lp, partial(sc.mem_page_add, lp, self._tdr, gpa, hpa, source), Leaf.MEM_PAGE_ADD)
+        self._retry(lp, partial(sc.mem_page_add, lp, self._tdr, gpa, hpa, source), sc.MEM_PAGE_ADD)
         self._mapped(gpa, hpa, 0)
 
     def aug(self, lp: LogicalProcessor, gpa: int, hpa: int, level: int) -> bool:
@@ -119,7 +120,7 @@ class SecureEpt:
         regs = sc.mem_page_aug(lp, self._tdr, base, level, hpa)
         if regs.rax and status_of(regs.rax) in sc.TRANSIENT:
             return False
-        sc.expect(regs, Leaf.MEM_PAGE_AUG)
+        sc.expect(regs, sc.MEM_PAGE_AUG)
         self._mapped(base, hpa, level)
         return True
 
@@ -128,6 +129,8 @@ class SecureEpt:
         self._memory.give_to_tdx(hpa, "TD memory", 1 << 9 * level)
 
     def _add_tables(self, lp: LogicalProcessor, gpa: int, level: int) -> bool:
+        if (level + 1, gpa & ~(sept.level_size(level + 1) - 1)) in self._tables:
+            return True  # and so are all above it
         for upper in range(self._levels - 1, level, -1):
             base = gpa & ~(sept.level_size(upper) - 1)
             if (upper, base) in self._tables:
@@ -163,7 +166,7 @@ class SecureEpt:
         with self._blocked(lp, [(gpa, mapping.level) for gpa, mapping in doomed]) as blocked:
             for gpa, mapping in doomed:
                 call = partial(sc.mem_page_remove, lp, tdr, gpa, mapping.level)
-                self._retry(lp, call, Leaf.MEM_PAGE_REMOVE)
+                self._retry(lp, call, sc.MEM_PAGE_REMOVE)
                 blocked.remove((gpa, mapping.level))
                 del self._leaves[mapping.level][gpa]
                 self._not_promotable(gpa)
@@ -267,7 +270,7 @@ class SecureEpt:
             regs = sc.mem_sept_rd(lp, self._tdr, gpa, level)
             return regs
 
-        self._retry(lp, read, Leaf.MEM_SEPT_RD)
+        self._retry(lp, read, sc.MEM_SEPT_RD)
         return regs.rdx >> 8 & 0xFF == sept.PUBLIC_STATE[sept.SeptState.PENDING]
 
     # --- watching, giving tables back
@@ -316,7 +319,7 @@ class SecureEpt:
         with self._blocked(lp, [(gpa, 0) for gpa, _ in moves]) as blocked:
             for gpa, page in moves:
                 call = partial(sc.mem_page_relocate, lp, self._tdr, gpa, page)
-                self._retry(lp, call, Leaf.MEM_PAGE_RELOCATE)
+                self._retry(lp, call, sc.MEM_PAGE_RELOCATE)
                 blocked.remove((gpa, 0))
                 old = self._leaves[0][gpa].hpa
                 self._leaves[0][gpa] = Mapping(page, 0)
@@ -344,7 +347,7 @@ class SecureEpt:
     def _block(self, lp: LogicalProcessor, gpa: int, level: int) -> None:
         self.hinted.pop((gpa, level), None)
         call = partial(sc.mem_range_block, lp, self._tdr, gpa, level)
-        self._retry(lp, call, Leaf.MEM_RANGE_BLOCK, Status.GPA_RANGE_ALREADY_BLOCKED)
+        self._retry(lp, call, sc.MEM_RANGE_BLOCK, Status.GPA_RANGE_ALREADY_BLOCKED)
 
     def _unblock(self, lp: LogicalProcessor, blocked: set[tuple[int, int]], *, tracked: bool) -> None:
         """Undo. When even that fails the TD could never reach this memory again: the VM is broken."""
@@ -353,7 +356,7 @@ class SecureEpt:
                 self.track(lp)
             for gpa, level in sorted(blocked):
                 call = partial(sc.mem_range_unblock, lp, self._tdr, gpa, level)
-                self._retry(lp, call, Leaf.MEM_RANGE_UNBLOCK)
+                self._retry(lp, call, sc.MEM_RANGE_UNBLOCK)
         except KvmError:
             self._broken()
             raise
@@ -362,7 +365,7 @@ class SecureEpt:
         """A SEAMCALL that gives way to others and to interrupts; its status, SUCCESS or one of `accepted`."""
         for _ in range(_RETRIES):
             regs = call()
-            status = Status.SUCCESS if regs.rax == 0 else status_of(regs.rax)
+            status = _SUCCESS if regs.rax == 0 else status_of(regs.rax)
             if status in sc.INTERRUPTED:
                 lp.acknowledge_interrupt()
             elif status in sc.BUSY:

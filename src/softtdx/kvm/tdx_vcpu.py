@@ -191,7 +191,7 @@ class TdxVcpu(VcpuOps):
         """KVM_PRE_FAULT_MEMORY: private pages are given before the TD touches them. EOPNOTSUPP until it is final."""
         if self.td.state is not TdState.RUNNABLE:
             raise KvmError(errno.EOPNOTSUPP, "KVM_PRE_FAULT_MEMORY before KVM_TDX_FINALIZE_VM")
-        if gpa + size > self.td.shared_bit:
+        if gpa >= self.td.shared_bit:
             raise KvmError(errno.EINVAL, f"KVM_PRE_FAULT_MEMORY of {gpa:#x}+{size:#x}, with the shared bit")
         at, end, cpus = gpa, gpa + size, self.vcpu.vm.host.cpus
         with cpus.run(self.vcpu.cpu) as lp:
@@ -374,13 +374,14 @@ class TdxVcpu(VcpuOps):
                 return True
             return fault is Fault.FIXED
         if kind == ExtendedQualification.PENDING_EPT_VIOLATION:
-            self.vcpu.vm.mark_dead()
-            return self._internal_error(f"the TD touched private memory at {gpa:#x} before accepting it")
+            vcpu.vm.mark_dead()
+            raise KvmError(errno.EIO, f"the TD touched private memory at {gpa:#x} before accepting it")
         accept = kind == ExtendedQualification.ACCEPT
         level = extended >> _REQUESTED_LEVEL & 7 if accept else 0
         fault = private_fault(vcpu, lp, self.td.secure, gpa, level, accept=accept)
         if fault is Fault.NO_MEMORY:
-            return self._internal_error(f"the TD touched private memory at {gpa:#x}, where it has none")
+            vcpu.exit_for_memory(gpa & ~(PAGE - 1), PAGE, private=True)
+            return False
         return fault is Fault.FIXED
 
 

@@ -130,7 +130,7 @@ class Vcpu:
         KvmError if not even the first page could be: EINVAL for a misaligned or empty range, ENOENT where there is no
         memory, EOPNOTSUPP for a TD that is not final.
         """
-        if gpa % PAGE or size % PAGE or size <= 0 or gpa < 0 or gpa + size > 1 << 64:
+        if gpa % PAGE or size % PAGE or size <= 0 or gpa < 0 or gpa + size >= 1 << 64:
             raise KvmError(errno.EINVAL, f"KVM_PRE_FAULT_MEMORY of {gpa:#x}+{size:#x}")
         return self.ops.pre_fault_memory(gpa, size)
 

@@ -138,7 +138,7 @@ class Vm:
                 self._delete_slot(old)
                 return
             if bool(guest_memfd) != bool(flags & MemorySlotFlag.GUEST_MEMFD) or (
-                guest_memfd and not self.ops.has_private_memory
+                guest_memfd and (not self.ops.has_private_memory or guest_memfd not in self.files)
             ):
                 raise KvmError(errno.EINVAL, f"memory slot {slot}: guest_memfd and KVM_MEM_GUEST_MEMFD do not agree")
             if flags & ~self._slot_flags(flags):

@@ -1,7 +1,8 @@
 """QEMU's part: machines built on KVM's ioctl surface.
 
 Reading order: `machine`, `payload` and `launcher` (what is loaded, and where), `devices` and `serial`, `hypercalls`
-and `quoting`, `python_guest` (a Python function as a vCPU's program).
+and `quoting`, `agent` and `registry` (who asks a running TD for a quote, and how he finds it), `python_guest` (a Python
+function as a vCPU's program); `linux`, `virtio` and `net` are the machine that boots Linux.
 """
 
 from softtdx.vmm.errors import GuestError as GuestError

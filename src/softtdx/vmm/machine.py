@@ -26,7 +26,17 @@ from softtdx.attest.getquote import GetQuote
 from softtdx.hw import LogicalProcessor
 from softtdx.hw.faults import MachineCheck
 from softtdx.kvm import Host, Kvm, KvmError, Vcpu
-from softtdx.kvm.uapi import CpuidEntry, KvmRun, Regs, Segment, Sregs, TdxCapabilities, TdxInitMemRegion, TdxInitVm
+from softtdx.kvm.uapi import (
+    CpuidEntry,
+    KvmRun,
+    MemoryFaultExit,
+    Regs,
+    Segment,
+    Sregs,
+    TdxCapabilities,
+    TdxInitMemRegion,
+    TdxInitVm,
+)
 from softtdx.vmm.agent import Agent, PortAgent
 from softtdx.vmm.devices import PortBus
 from softtdx.vmm.errors import MachineError
@@ -169,6 +179,8 @@ class Machine:
 
     def load(self, payload: Payload) -> None:
         """Put launcher and payload into memory and make the vCPUs. MachineError when they do not fit."""
+        if self._vcpu_count() > MAX_VCPUS:
+            raise MachineError(f"{self.config.vcpus} vCPUs and the agent's; a machine has 1 to {MAX_VCPUS}")
         layout = lay_out(payload, self.config.memory, self.config.vcpus, agent=self.config.agent)
         self.load_contents([(FIRMWARE_BASE, firmware_image(layout)), *layout.present])
         if self.config.vm:
@@ -351,9 +363,7 @@ class Machine:
         elif reason is KvmExit.MMIO and run.mmio is not None:
             run.mmio.value = (1 << 8 * run.mmio.size) - 1
         elif reason is KvmExit.MEMORY_FAULT and run.memory_fault is not None:
-            fault = run.memory_fault
-            attributes = MEMORY_ATTRIBUTE_PRIVATE if fault.private else 0
-            self.vm.set_memory_attributes(fault.gpa, fault.size, attributes)
+            self._memory_fault(run.memory_fault)
         elif reason is KvmExit.SYSTEM_EVENT and run.fatal is not None:
             text = run.fatal.message.decode("ascii", "replace")
             self._finish(
@@ -363,6 +373,15 @@ class Machine:
             )
         elif reason is not KvmExit.INTR:
             self._finish(MachineResult(End.CRASH, message=run.detail or f"KVM_EXIT_{reason.name}"))
+
+    def _memory_fault(self, fault: MemoryFaultExit) -> None:
+        """The guest touched the alias that the memory does not have now: convert it. Where there is none, that's it."""
+        slot = self.vm.memslots.find(fault.gpa)
+        if slot is None or (fault.private and slot.guest_memfd is None):
+            what = f"the guest touched private memory at {fault.gpa:#x}, where it has none"
+            self._finish(MachineResult(End.CRASH, message=what))
+            return
+        self.vm.set_memory_attributes(fault.gpa, fault.size, MEMORY_ATTRIBUTE_PRIVATE if fault.private else 0)
 
     # --- what devices do
     def _output(self, data: bytes) -> None:

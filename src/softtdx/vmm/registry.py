@@ -113,7 +113,10 @@ def _short_enough(path: Path) -> Path:
 def _lock(path: Path, name: str) -> int:
     """The descriptor that holds the name. Who held it before may just be removing the file: then it is made anew."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            raise MachineError(f"no machine can be named {name}: {path}: {error.strerror}") from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.fstat(descriptor).st_ino == path.stat().st_ino:
@@ -125,6 +128,9 @@ def _lock(path: Path, name: str) -> int:
             ) from None
         except FileNotFoundError:
             pass
+        except OSError as error:
+            os.close(descriptor)
+            raise MachineError(f"no machine can be named {name}: {path} cannot be locked: {error.strerror}") from None
         os.close(descriptor)
 
 

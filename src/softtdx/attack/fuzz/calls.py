@@ -19,7 +19,8 @@ Leaf = SeamcallLeaf | TdcallLeaf
 
 _OTHERS: Final = ("rcx", "rdx", "r8", "r9", "r10", "r11", "r12", "r13")
 _KINDS: Final = (  # the first that occurs in what the description says of a register
-    ("GPA_LIST", "buffer"), ("MBMD", "buffer"), ("TDVPR", "tdvpr"), ("TDR", "tdr"), ("GPA", "info"),
+    ("GPA_LIST", "buffer"), ("MBMD", "buffer"), ("TDVPR", "tdvpr"), ("TDR:", "tdr"), ("TDR of", "tdr"),
+    ("GPA 51:12", "info"), ("GPA", "gpa"), ("entries of", "edge"), ("bytes of", "edge"),
     ("MD_FIELD_ID", "field"), ("field id", "field"), ("private HKID", "hkid"), ("TD_PARAMS", "buffer"),
     ("buffer", "buffer"), ("array", "buffer"), ("list", "buffer"), ("filters", "buffer"), ("HASH", "buffer"),
     ("region", "region"), ("page pair", "page"), ("base of the TDMR", "tdmr"), ("of a page", "used"),
@@ -34,12 +35,15 @@ _ALL_KINDS: Final = (
     "used",
     "info",
     "gpa",
-    "field",
+    "field td",
+    "field vp",
+    "field sys",
     "hkid",
     "tdmr",
     "edge",
     "edge",
 )
+_SCOPES: Final = ((".SYS.", "field sys"), (".VP.", "field vp"))
 _VERSIONS: Final = (*[0] * 12, 1, 1, 2)
 _NO_FLIP: Final = -1
 _KEPT, _REUSED = 64, 0.3
@@ -64,13 +68,19 @@ class Call:
     rax: int | None = None  # instead of leaf and version
 
 
-@cache
 def kinds_of(leaf: Leaf) -> dict[str, str]:
     """Register -> kind of its operand."""
-    info = leaf_infos().get(leaf.mnemonic)
+    return _kinds(leaf.mnemonic)  # a host leaf and a guest leaf of the same number are equal
+
+
+@cache
+def _kinds(mnemonic: str) -> dict[str, str]:
+    info = leaf_infos().get(mnemonic)
     kinds: dict[str, str] = {}
+    scope = next((scope for part, scope in _SCOPES if part in mnemonic), "field td")
     for register in info.inputs if info is not None else ():
         kind = next((kind for word, kind in _KINDS if word in register.meaning), "edge")
+        kind = scope if kind == "field" else kind
         for name in _names(register.name):
             kinds[name] = kind
     return kinds

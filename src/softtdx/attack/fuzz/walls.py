@@ -7,6 +7,7 @@ in an order that the seed decides.
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Final
 
@@ -20,7 +21,7 @@ from softtdx.abi.structs import PageType
 from softtdx.attack.fuzz.calls import Call, Operands, Recipe, change, fresh, kinds_of, resolve, sequence
 from softtdx.attack.fuzz.core import EDGES
 from softtdx.attack.fuzz.feedback import Corpus
-from softtdx.attack.fuzz.world import PAGE_MASK, Stage, World
+from softtdx.attack.fuzz.world import GLOBAL_HKID, PAGE_MASK, TDMRS, Stage, World
 from softtdx.attack.oracle import BrokenInvariantError
 from softtdx.hw import LogicalProcessor, Registers
 from softtdx.hw.faults import MachineCheck, VmFail
@@ -36,6 +37,10 @@ _CALLS_AFTER_SHUTDOWN = 30
 _CHECK_EVERY = 24
 _COMPARE_EVERY = 48
 _VISIT = 24  # VM exits of a vCPU until an interrupt ends its visit
+_BRING_UP: Final = (
+    SeamcallLeaf.SYS_INIT, SeamcallLeaf.SYS_LP_INIT, SeamcallLeaf.SYS_CONFIG, SeamcallLeaf.SYS_KEY_CONFIG,
+    SeamcallLeaf.SYS_TDMR_INIT, SeamcallLeaf.SYS_TDMR_INIT, SeamcallLeaf.SYS_UPDATE,
+)  # fmt: skip
 _VP_ENTER: Final = int(SeamcallLeaf.VP_ENTER)
 _MAY_CHANGE: Final = frozenset({_VP_ENTER})  # though refused: the vCPU was associated, or ran
 _STATUS_SHIFT = 32
@@ -89,7 +94,30 @@ def _scripts() -> list[tuple[Call, ...]]:
         (_L.VP_INIT, {"rcx": Recipe("tdvpr", -1), "rdx": number[1]}),
         (_L.MR_FINALIZE, {"rcx": last}),
     ]
-    scripts = [sequence(*build)]
+    bring_up = [
+        (_L.SYS_INIT, {"rcx": number[0]}),
+        (_L.SYS_LP_INIT, {}),
+        (_L.SYS_CONFIG, {"rcx": _n("buffer", TDMRS), "rdx": number[1], "r8": Recipe("number", GLOBAL_HKID)}),
+        (_L.SYS_KEY_CONFIG, {}),
+        *[(_L.SYS_TDMR_INIT, {"rcx": number[0]})] * 4,
+    ]
+    built = _n("tdr", 4)  # the one that is being built
+    table = Recipe("number", 2 << 21 | 1)
+    finish = [
+        (_L.MEM_PAGE_ADD, {"rcx": _n("info", 5), "rdx": built, "r8": page[18], "r9": _n("buffer", 4)}),
+        (_L.MR_EXTEND, {"rcx": _n("info", 5), "rdx": built}),
+        (_L.MEM_SEPT_ADD, {"rcx": table, "rdx": built, "r8": page[19]}),
+        (_L.MEM_RANGE_BLOCK, {"rcx": table, "rdx": built}),
+        (_L.MEM_SEPT_REMOVE, {"rcx": table, "rdx": built}),
+        (_L.MR_FINALIZE, {"rcx": built}),
+    ]
+    on_other = replace(sequence(bring_up[1])[0], lp=1)
+    scripts = [
+        sequence(*build),
+        (on_other, *sequence(*bring_up)),
+        (on_other, *sequence(*bring_up[2:])),
+        sequence(*finish),
+    ]
     for index in range(4):
         tdr, info = _n("tdr", 5 + index), _n("info", index)
         block = (_L.MEM_RANGE_BLOCK, {"rcx": info, "rdx": tdr})
@@ -100,13 +128,13 @@ def _scripts() -> list[tuple[Call, ...]]:
             sequence(block, track, (_L.MEM_PAGE_RELOCATE, {"rcx": info, "rdx": tdr, "r8": page[30 + index]})),
             sequence(block, track, (_L.MEM_RANGE_UNBLOCK, {"rcx": info, "rdx": tdr})),
             sequence(
-                (_L.MEM_PAGE_AUG, {"rcx": Recipe("number", 2 << 21 | 1), "rdx": tdr, "r8": _n("large", index)}),
-                (_L.MEM_RANGE_BLOCK, {"rcx": Recipe("number", 2 << 21 | 1), "rdx": tdr}),
+                (_L.MEM_PAGE_AUG, {"rcx": table, "rdx": tdr, "r8": _n("large", index)}),
+                (_L.MEM_RANGE_BLOCK, {"rcx": table, "rdx": tdr}),
                 track,
-                (_L.MEM_PAGE_DEMOTE, {"rcx": Recipe("number", 2 << 21 | 1), "rdx": tdr, "r8": page[35 + index]}),
-                (_L.MEM_RANGE_BLOCK, {"rcx": Recipe("number", 2 << 21 | 1), "rdx": tdr}),
+                (_L.MEM_PAGE_DEMOTE, {"rcx": table, "rdx": tdr, "r8": page[35 + index]}),
+                (_L.MEM_RANGE_BLOCK, {"rcx": table, "rdx": tdr}),
                 track,
-                (_L.MEM_PAGE_PROMOTE, {"rcx": Recipe("number", 2 << 21 | 1), "rdx": tdr}),
+                (_L.MEM_PAGE_PROMOTE, {"rcx": table, "rdx": tdr}),
             ),
         ]
         flush = [(_L.VP_FLUSH, {"rcx": _n("tdvpr", 2 + 2 * index + n)}) for n in range(2)]
@@ -168,6 +196,8 @@ class Walls:
     def _fresh_host(self) -> Call:
         rng = self.rng
         leaf = rng.choice(self._host_leaves)
+        if self.world.stage < Stage.READY and rng.randrange(2):
+            leaf = rng.choice(_BRING_UP)
         rare = leaf in (_L.MNG_VPFLUSHDONE, _L.MNG_KEY_FREEID, _L.SYS_SHUTDOWN, _L.SYS_LP_SHUTDOWN)
         if rare and self.world.stage is Stage.POPULATED and rng.randrange(24):
             leaf = rng.choice((_L.MEM_RANGE_BLOCK, _L.MEM_TRACK, _L.MEM_PAGE_AUG, _L.MEM_SEPT_ADD, _L.MEM_PAGE_REMOVE))

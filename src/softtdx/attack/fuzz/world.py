@@ -99,12 +99,12 @@ class World:
             "tdvpr": small[-2:-1],
             "used": small[-3:-2],
             "info": infos,
-            "gpa": [*infos, 0x100, 0x40, 1 << 47],
-            "field": _field_ids(),
+            "gpa": [0, 0x40, 0x100, 0x400, PAGE, PAGE + 0x800, 5 * PAGE, MIB2, 1 << 47],
+            **{f"field {scope}": _field_ids(scope) for scope in ("td", "vp", "sys")},
             "hkid": [0, 1, GLOBAL_HKID, *range(GLOBAL_HKID + 1, GLOBAL_HKID + 12), 63],
             "buffer": list(BUFFERS),
-            "tdmr": [0, GIB, PAMT],
-            "edge": list(EDGES),
+            "tdmr": [0, 0, 0, GIB, PAMT],
+            "edge": [*EDGES, *[0] * 8, *[1] * 4],
         }
         self._fill_buffers()
         install(self.platform, development_release())
@@ -295,8 +295,8 @@ class World:
 
 
 @cache
-def _field_ids() -> list[int]:
-    return [row.field_id for scope in ("td", "vp", "sys") for row in table(scope).by_name.values()]
+def _field_ids(scope: str) -> list[int]:
+    return [row.field_id for row in table(scope).by_name.values()]
 
 
 def _td_params(attributes: int, vms: int) -> bytes:
