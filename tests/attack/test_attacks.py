@@ -24,6 +24,7 @@ def test_the_attack_ends_as_its_page_says(chosen):
 def test_only_known_limits_of_the_real_scheme_let_the_attacker_win():
     assert [a.name for a in all_attacks() if a.expected.attacker_won] == [
         "replay",
+        "logical-flip",
         "pamt-replay",
         "tdvps-replay",
         "page-trace",

@@ -154,7 +154,7 @@ def test_feedback_leads_to_more_different_successes_than_chance():
         run = Walls(random.Random(7), enters=0.04, host_inside=0.3, stages=(Stage.POPULATED,))
         if not guided:
             run.host.next = partial(chance, run)
-        while run.host_calls < 4000:
+        while run.host_calls < 10_000:
             run.step()
         seen[guided] = sum(status == 0 for _, _, status, *_ in run.host.seen)
     assert seen[True] > seen[False]

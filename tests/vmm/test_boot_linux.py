@@ -55,7 +55,7 @@ def td(report_program):
 
     def ask(machine):
         try:
-            outside.append(machine.agent.quote(OUTSIDE))
+            outside.append(machine.agent.quote(OUTSIDE, timeout=280))  # the boot is part of it
         finally:
             machine.type(b"go on\n")
 

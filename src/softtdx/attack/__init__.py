@@ -5,6 +5,9 @@ with a secret, and what an attacker can reach), `flawed` (a module with one chec
 `memory`, `mapping`, `races`, `control`, `caches`, `parameters`, `modes`, `module_image`, `vcpu`, `events`, `stepping`,
 `replies`, `attestation`; `probe` is what a probe on the memory bus sees. Every attack runs on the protected
 platform, where TDX's promise must hold, and on an unprotected one, where it must succeed, or it proves nothing.
+
+Beside them `fuzz` tries what nobody thought of, `oracle` says what must hold all the same, and `campaign` spreads seeds
+over `engines`.
 """
 
 from softtdx.attack.lab import Attack as Attack

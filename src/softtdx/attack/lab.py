@@ -126,10 +126,16 @@ def attack(
 
 
 def all_attacks() -> list[Attack]:
-    """Every attack, in the order of its files, by family."""
+    """Every attack, in the order of its files."""
     for home in _HOMES:
         importlib.import_module(f"softtdx.attack.{home}")
-    return list(_registry.values())
+    return sorted(_registry.values(), key=_place)
+
+
+def _place(chosen: Attack) -> int:
+    """Which file an attack is in, whatever was imported first; attacks of others come last."""
+    home = chosen.function.__module__.removeprefix("softtdx.attack.")
+    return _HOMES.index(home) if home in _HOMES else len(_HOMES)
 
 
 def find(name: str) -> Attack:

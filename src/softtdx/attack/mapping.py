@@ -68,6 +68,43 @@ def sept_overwrite(scene: Scene) -> Observation:
 
 
 @attack(
+    "sept-replay",
+    "mapping",
+    title="An old entry of the S-EPT is put back when its page is somebody else's",
+    promise="The entry verifies, there is no freshness; but what its new owner wrote is not the TD's: machine check.",
+    expected=Outcome.DETECTED,
+    unprotected=_EPT,
+)
+def sept_replay(scene: Scene) -> Observation:
+    """The host takes the page away in the order that the module demands and writes into it what it likes.
+
+    Then an interposer puts the line of the S-EPT back in which the page was mapped.
+    """
+
+    def act(victim: Victim) -> Seen:
+        page = victim.pa()
+        if not scene.protected:
+            _map_ordinary(victim, SECRET_GPA, _forged_page(scene))
+            return Seen(note="the EPT entry leads to the attacker's page")
+        table = victim.tdx().secure.table_page(SECRET_GPA, 1)
+        assert table is not None
+        entry = table + 8 * (SECRET_GPA >> 12 & 511)
+        old = scene.dram.record(entry & -LINE)
+        tdr = victim.tdx().require_tdr()
+        scene.seamcall(Leaf.MEM_RANGE_BLOCK, rcx=SECRET_GPA, rdx=tdr)
+        scene.seamcall(Leaf.MEM_TRACK, rcx=tdr)
+        victim.leave()
+        remove = scene.seamcall(Leaf.MEM_PAGE_REMOVE, rcx=SECRET_GPA, rdx=tdr)
+        assert remove.rax == 0
+        scene.memory.write(page, _FORGED)
+        scene.dram.replay(old)
+        victim.flush()
+        return Seen(note=f"{say(Leaf.MEM_PAGE_REMOVE, remove)}, the old entry is back")
+
+    return scene.under_attack(act)
+
+
+@attack(
     "remap",
     "mapping",
     title="The host gives the guest another page under the same GPA",

@@ -3,6 +3,7 @@
 from softtdx.attack.lab import Observation, Outcome, attack
 from softtdx.attack.scene import LINE, PAGE, SECRET_GPA, SPARE_GPA, Scene, Seen, Victim
 from softtdx.hw.faults import BusFault
+from softtdx.vmm.python_guest import PythonGuest, Td
 
 __all__: list[str] = []
 
@@ -293,3 +294,71 @@ def swap_pages(scene: Scene) -> Observation:
         return Seen(note="all lines of two pages swapped, MACs included")
 
     return scene.under_attack(act)
+
+
+@attack(
+    "splice-across",
+    "memory",
+    title="A line of one TD's ciphertext is moved over a line of another's",
+    promise="Every TD has a key of its own: another TD's line fails its MAC, wherever it is put.",
+    expected=Outcome.DETECTED,
+    unprotected=_BARE,
+)
+def splice_across(scene: Scene) -> Observation:
+    """An accomplice's guest wrote the line that the attacker wants the victim to read. An interposer moves it there."""
+    scene.bare_dram = True
+    place = 0
+
+    def accomplice(td: Td) -> None:
+        nonlocal place
+        place = Victim(other, td, secret=_FORGED.ljust(PAGE)).pa()
+
+    def act(victim: Victim) -> Seen:
+        scene.dram.splice(place, victim.pa())
+        return Seen(note="the accomplice's line put over the victim's, with its MAC")
+
+    with PythonGuest(scene.host, accomplice, scene.config()) as other:
+        other.run()
+        return scene.under_attack(act)
+
+
+@attack(
+    "logical-read",
+    "memory",
+    title="The host reads a private page where integrity is logical only",
+    promise="The TD-owner bit is there without MACs too: a load with a shared KeyID gives zeroes.",
+    expected=Outcome.STOPPED,
+    unprotected=_ORDINARY,
+)
+def logical_read(scene: Scene) -> Observation:
+    """The same as `host-read`, on a platform that was set up with logical integrity."""
+    scene.logical = True
+    return host_read(scene)
+
+
+@attack(
+    "logical-write",
+    "memory",
+    title="The host overwrites a private line where integrity is logical only",
+    promise="The line loses its TD-owner bit, MAC or not: the TD's next load of it is a machine check.",
+    expected=Outcome.DETECTED,
+    unprotected=_ORDINARY,
+)
+def logical_write(scene: Scene) -> Observation:
+    """The same as `host-write-line`, on a platform that was set up with logical integrity."""
+    scene.logical = True
+    return host_write_line(scene)
+
+
+@attack(
+    "logical-flip",
+    "memory",
+    title="A bit flips in DRAM where integrity is logical only",
+    promise="None: without a MAC nobody notices. The flip decrypts to sixteen bytes of noise.",
+    expected=Outcome.CORRUPTED,
+    unprotected=_BARE,
+)
+def logical_flip(scene: Scene) -> Observation:
+    """The same as `dimm-flip-one-bit`. Logical integrity is against software, not against who reaches the DIMMs."""
+    scene.logical = True
+    return flip_one_bit(scene)

@@ -113,7 +113,7 @@ def _machine_code(td: Td, code: bytes, registers: Registers) -> Registers | Gues
 def seamcall_by_guest(scene: Scene) -> Observation:
     """A neighbour of the victim, which is a debug TD, executes SEAMCALL with the operands of TDH.MEM.RD.
 
-    Where it is let do nothing, so is another TD; and both try SEAMRET, SEAMOPS, and the VM TDCALL.
+    On the protected side another TD tries the same, and both try SEAMRET and SEAMOPS, the VM also TDCALL.
     """
     scene.always_debug = True
     learned, said = b"", []

@@ -157,7 +157,8 @@ class Scene:
     an attack by way of the TDX module sets `debug_td`, so that the victim there is a TD with ATTRIBUTES.DEBUG.
     With `always_td` it is an ordinary TD there too, and the attack says what else is missing; with `bare_td` that is
     the integrity of memory, its cryptographic and its logical half. With `always_debug` the victim is a debug TD on
-    both sides: the call that reads its secret would succeed, if it were let through.
+    both sides: the call that reads its secret would succeed, if it were let through. With `logical` the protected side
+    has logical integrity only, TD-owner bits without MACs.
     """
 
     def __init__(self, side: Side) -> None:
@@ -168,6 +169,7 @@ class Scene:
         self.always_td = False
         self.bare_td = False
         self.always_debug = False
+        self.logical = False
         self._host: Host | None = None
 
     def __enter__(self) -> "Scene":
@@ -195,6 +197,8 @@ class Scene:
         d = replace(preset("spr"), lps=4)
         if self.bare_td and not self.protected:
             return replace(d, integrity="none")
+        if self.logical and self.protected:
+            return replace(d, integrity="logical")
         return d if self.is_td else replace(d, integrity="none", tme=not self.bare_dram)
 
     @property

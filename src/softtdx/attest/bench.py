@@ -17,7 +17,7 @@ from softtdx.attest.pki import Pki
 from softtdx.attest.quoting import QuotingEnclave
 from softtdx.attest.verifier import Verifier
 
-__all__ = ["bench_pcs", "bench_quote", "bench_verify"]
+__all__ = ["NOW", "bench_pcs", "bench_quote", "bench_verify", "sample_platform"]
 
 NOW = 1_767_225_600
 SEED = 1
@@ -29,7 +29,7 @@ def _mac(head: bytes) -> bytes:
     return hmac.new(KEY, head[:MAC_AT], hashlib.sha256).digest()
 
 
-def _setting() -> tuple[Pki, QuotingEnclave, bytes]:
+def sample_platform() -> tuple[Pki, QuotingEnclave, bytes]:
     """A PKI, its quoting enclave, and a TDREPORT that the enclave takes for its platform's."""
     pki = Pki.create(SEED)
     report = TdReport()
@@ -54,7 +54,7 @@ def _seconds_per_call(call: Callable[[], object], calls: int) -> float:
 
 def bench_quote(calls: int = 1000) -> dict[str, float]:
     """`quotes_per_s`: TDREPORTs verified and turned into version 4 quotes, one after the other."""
-    _, enclave, report = _setting()
+    _, enclave, report = sample_platform()
     return {"quotes_per_s": 1 / _seconds_per_call(lambda: enclave.quote(report), calls)}
 
 
@@ -64,7 +64,7 @@ def bench_verify(calls: int = 300) -> dict[str, float]:
     `ratio` and `ratio_anew` are ours over dcap-qvl's.
     """
     dcap_qvl: Any = importlib.import_module("dcap_qvl")
-    pki, enclave, report = _setting()
+    pki, enclave, report = sample_platform()
     quote, collateral, root = enclave.quote(report), pki.collateral(), pki.root_der
     theirs = dcap_qvl.QuoteCollateralV3.from_json(collateral.to_json())
     verifier = Verifier(root)
@@ -80,7 +80,7 @@ def bench_verify(calls: int = 300) -> dict[str, float]:
 
 def bench_pcs(calls: int = 1000) -> dict[str, float]:
     """`requests_per_s`: TCB info from the PCS over one HTTP connection, client and service in this process."""
-    pki, _, _ = _setting()
+    pki, _, _ = sample_platform()
     path = f"/tdx/certification/v4/tcb?fmspc={pki.options.tcb.fmspc.hex()}"
     with PcsListener(pki, port=0) as pcs:
         # The plainest client there is: one with more to offer takes longer than the service it asks.

@@ -3,7 +3,8 @@
 Wall 1 lies below: this floor reaches the TDX module by SEAMCALL only. Reading order: `host` (what boots), `tdx_host`
 and `tdmr` (bringing TDX up), `seamcalls`; `kvm`, `vm`, `vcpu` (the ioctl surface; `ioctl` has it by number), `x86_ops`
 (the table of operations), `vmx`, `tdx`, `tdx_vcpu`, `tdvmcall` (its two implementations); `mmu`, `memslots`, `ept`,
-`mirror`, `guest_memfd`, `page_moves` (memory); `memory`, `cpus`, `mm` (the rest of a kernel, as far as it is needed).
+`mirror`, `guest_memfd`, `page_moves`, `mmu_notifier`, `dirty_log` (memory); `memory`, `cpus`, `mm`, `memfd`, `swap` and
+`host_mm` with `khugepaged` and `numa`, `hotplug` (the rest of a kernel, as far as it is needed).
 """
 
 from softtdx.kvm.errors import KvmError as KvmError

@@ -51,7 +51,7 @@ class HostCpus:
         self._turns = 0
         self._usable = [True] * len(self.lps)  # threads may be scheduled there
         self._online = [True] * len(self.lps)
-        self._waiting = 0
+        self._queue: deque[object] = deque()  # threads that wait for a processor
         self._calls: list[deque[_Call[Any]]] = [deque() for _ in self.lps]
         self._here = threading.local()
 
@@ -110,7 +110,7 @@ class HostCpus:
     def yield_if_wanted(self, lp: LogicalProcessor) -> bool:
         """Run the calls queued for this processor; answer whether another thread waits for one (need_resched)."""
         self._serve(lp.index)
-        return self._waiting > 0 or not self._usable[lp.index]
+        return bool(self._queue) or not self._usable[lp.index]
 
     def call_on(self, index: int, function: Callable[[LogicalProcessor], _T]) -> _T:
         """Run `function` on processor `index` and wait for it (an IPI, when another thread runs there).
@@ -145,15 +145,18 @@ class HostCpus:
 
     def _take(self, prefer: int | None) -> int:
         with self._lock:
-            self._waiting += 1
+            # In turn: who gave way would otherwise be the first to be back, again and again.
+            ticket = object()
+            self._queue.append(ticket)
             try:
-                while (index := self._idle(prefer)) is None:
+                while self._queue[0] is not ticket or (index := self._idle(prefer)) is None:
                     usable = [index for index in range(len(self.lps)) if self._usable[index]]
                     longest = min(usable, key=self._since.__getitem__)
                     self.lps[longest].interrupt()
                     self._lock.wait(_TICK)
             finally:
-                self._waiting -= 1
+                self._queue.remove(ticket)
+                self._lock.notify_all()
             self._turns += 1
             self._owner[index], self._since[index] = threading.get_ident(), self._turns
         self._here.index = index

@@ -28,7 +28,7 @@ _RETRIES = 10_000
 _SUCCESS = Status.SUCCESS
 
 
-@dataclass
+@dataclass(slots=True)
 class Mapping:
     """A private leaf: `level` 0 is 4 KiB, 1 is 2 MiB, 2 is 1 GiB."""
 
@@ -129,6 +129,8 @@ class SecureEpt:
         self._memory.give_to_tdx(hpa, "TD memory", 1 << 9 * level)
 
     def _add_tables(self, lp: LogicalProcessor, gpa: int, level: int) -> bool:
+        if (level + 1, gpa & -sept.level_size(level + 1)) in self._tables:
+            return True
         if (level + 1, gpa & ~(sept.level_size(level + 1) - 1)) in self._tables:
             return True  # and so are all above it
         for upper in range(self._levels - 1, level, -1):

@@ -289,7 +289,7 @@ class TdxVm(VmOps):
         if self.hkid is None:
             return
         cpus, tdr = self.vm.host.cpus, self.tdr
-        if tdr is not None:
+        if tdr is not None and not self.tdx.gone:
             with cpus.run() as lp:
                 if not self._flushed:
                     sc.mng_vpflushdone(lp, tdr)

@@ -109,6 +109,7 @@ class TdxHost:
         self._free_keyids: list[int] = []
         self._lps_initialized: set[int] = set()
         self._unreclaimed: list[_Kept] = []
+        self.gone = False
 
     # --- KeyIDs
     def alloc_keyid(self) -> int:
@@ -146,10 +147,10 @@ class TdxHost:
 
     def _reclaim(self, lp: LogicalProcessor, kept: "_Kept") -> bool:
         try:
-            if not kept.reclaimed and sc.phymem_page_reclaim(lp, kept.page).rax:
+            if not kept.reclaimed and not self.gone and sc.phymem_page_reclaim(lp, kept.page).rax:
                 return False
             kept.reclaimed = True
-            if kept.tdr:
+            if kept.tdr and not self.gone:
                 # Its lines were written with the module's own KeyID.
                 sc.phymem_page_wbinvd(lp, self.platform.description.keyed(kept.page, self.global_keyid))
         except KvmError:
@@ -193,11 +194,20 @@ class TdxHost:
         """
         if self.keyids_in_use:
             raise KvmError(errno.EBUSY, "TDX cannot be shut down while a TD has a KeyID")
+        self.shut_down_module()
+        self.clear_memory()
+
+    def shut_down_module(self) -> None:
+        """SEAMLDR.SHUTDOWN on every processor, whatever TDs there are: `gone` from then on, and no SEAMCALL is made."""
         self._require_all_processors()
         for lp in reversed(self.cpus.lps):  # the processor that launched the loader comes last
             regs = self.cpus.call_on(lp.index, lambda cpu: cpu.seamcall(Registers(rax=SeamldrLeaf.SHUTDOWN)))
             if regs.rax:
                 raise KvmError(errno.EIO, f"SEAMLDR.SHUTDOWN failed: {SeamldrStatus(regs.rax).name}")
+        self.gone = True
+
+    def clear_memory(self) -> None:
+        """MOVDIR64B over every page that the module had and nobody else has: the PAMTs, and what TDs left."""
         pages = list(self.memory.leaked())
         with self.cpus.run() as lp:
             for page in pages:

@@ -271,7 +271,7 @@ class TdxVcpu(VcpuOps):
 
     def flush(self) -> None:
         """TDH.VP.FLUSH on the processor that has the vCPU."""
-        if self._cpu is None or self.tdvpr is None:
+        if self._cpu is None or self.tdvpr is None or self.td.tdx.gone:
             return
         tdvpr = self.tdvpr
         self.vcpu.vm.host.cpus.call_on(self._cpu, lambda lp: sc.vp_flush(lp, tdvpr))

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["Vcpu"]
 
 _INVEPT_ALL = 2
+_TICK = 0.004  # seconds
 _ADDRESS_LEAF, _LINEAR_WIDTHS = 0x8000_0008, (0, 48, 57)
 _NEEDS_APIC = (MpState.UNINITIALIZED, MpState.HALTED, MpState.AP_RESET_HOLD)
 
@@ -252,6 +253,12 @@ class Vcpu:
     def kick_pending(self) -> bool:
         """Whether KVM_RUN is to return."""
         return self._kicked
+
+    def wait_until_out(self) -> None:
+        """Return when no ioctl on the vCPU is under way: KVM_RUN of a dead VM ends at once."""
+        while not self._mutex.acquire(timeout=_TICK):
+            self.kick()
+        self._mutex.release()
 
     def leave_guest(self) -> None:
         """Return when the vCPU is not, or no longer, in the guest run that it is in now."""

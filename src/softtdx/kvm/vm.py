@@ -162,6 +162,8 @@ class Vm:
             if guest_memfd is not None:
                 guest_memfd.bind(guest_memfd_offset, memory_size, lambda o, n: self._invalidate(new, o, n))
             self.memslots.put(new)
+            if self.ept is not None:
+                self.ept.unmap(new.gpa, new.end)  # MMIO marks: from now on there is memory
 
     def _slot_flags(self, flags: int) -> int:
         """The flags that a slot may have (check_memory_region_flags): with private memory no dirty log and no ROM."""
@@ -372,6 +374,12 @@ class Vm:
             vcpu.kick()
 
     # --- the end
+    def stop(self) -> None:
+        """The machine goes down: no vCPU runs any more when this returns. The VM is dead."""
+        self.mark_dead()
+        for vcpu in list(self.vcpus.values()):
+            vcpu.wait_until_out()
+
     def close(self) -> None:
         """The last reference is gone: vCPUs, memory, keys, in the order that the module demands. No thread runs it.
 

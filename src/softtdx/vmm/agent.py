@@ -25,7 +25,7 @@ from softtdx.vmm.errors import GuestError
 __all__ = ["AGENT_PORT", "Agent", "ChannelAgent", "PortAgent"]
 
 AGENT_PORT = 0x512
-TIMEOUT = 60.0
+TIMEOUT = 120.0
 """Seconds in which a TD has to answer; one that still boots counts as one that is slow."""
 _WORD = 4
 _MAX_LINE = 64 << 10

@@ -33,7 +33,7 @@ __all__ = ["RunningMachine", "announce", "check_name", "find", "running", "runti
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,47}")
 _MAX_PATH = 107  # sun_path, without the NUL
 _MAX_LINE = 256 << 10
-_CLIENT_TIMEOUT = 5.0  # of one who connects and says nothing
+_CLIENT_TIMEOUT = 30.0  # of one who connects and says nothing; a busy machine may take seconds to say it
 _ANSWER_TIMEOUT = agent.TIMEOUT + 15
 _LOCK, _SOCKET = ".lock", ".socket"
 

@@ -17,6 +17,7 @@ Step = TypeVar("Step")
 
 _LONGEST = 2  # steps of a kept sequence
 _REPEATED, _CHANGED = 0.15, 0.4  # share of draws that begin a known sequence, of its steps that are changed
+_CHANGED_OF_A_PLAN = 0.04
 _MOST = 4096  # sequences
 _RECENT = 32
 
@@ -36,11 +37,15 @@ class Corpus(Generic[Step]):
         self._rng, self._fresh, self._change = rng, fresh, change
         self._kept = list(scripts)
         self._queue: deque[Step] = deque()
+        self._plan: deque[Step] = deque()
         self._past: deque[Step] = deque(maxlen=_LONGEST)
 
     def next(self) -> Step:
         """The step to do now: of a sequence that is being repeated, the first of another, or a fresh one."""
         rng = self._rng
+        if self._plan:
+            step = self._plan.popleft()
+            return self._change(step) if rng.random() < _CHANGED_OF_A_PLAN else step
         if not self._queue:
             if not self._kept or rng.random() >= _REPEATED:
                 return self._fresh()
@@ -64,7 +69,12 @@ class Corpus(Generic[Step]):
             self._kept[self._rng.randrange(_MOST)] = sequence
         return True
 
+    def plan(self, steps: Iterable[Step]) -> None:
+        """What to do next, hardly changed."""
+        self._plan.extend(steps)
+
     def forget_past(self) -> None:
         """The machine is another: what was done to the last one led to nothing here."""
         self._past.clear()
         self._queue.clear()
+        self._plan.clear()

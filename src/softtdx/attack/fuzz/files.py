@@ -14,8 +14,7 @@ from softtdx.abi.status import SeamldrStatus
 from softtdx.attack.fuzz.core import EDGES
 from softtdx.attack.fuzz.world import PAGE, RELEASE, install, write_release
 from softtdx.attack.oracle import BrokenInvariantError
-from softtdx.attest.bench import NOW
-from softtdx.attest.bench import _setting as sample_platform
+from softtdx.attest.bench import NOW, sample_platform
 from softtdx.attest.collateral import Collateral
 from softtdx.attest.eventlog import EventLog, EventType, parse_ccel
 from softtdx.attest.policy import Policy

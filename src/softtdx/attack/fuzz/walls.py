@@ -76,13 +76,16 @@ def _n(kind: str, index: int) -> Recipe:
     return Recipe(kind, index)
 
 
+_BUILD, _FIRST_STAGE_LEFT, _SECOND_STAGE_LEFT, _FINISH = range(4)  # of the scripts
+
+
 def _scripts() -> list[tuple[Call, ...]]:
     """Sequences that hosts do, which chance would take long to find. Indices count from the last one known."""
     last = Recipe("tdr", -1)
     page = [_n("page", n) for n in range(100, 140)]
     number = [Recipe("number", n) for n in range(8)]
     build = [
-        (_L.MNG_CREATE, {"rcx": page[0], "rdx": _n("hkid", 9)}),
+        (_L.MNG_CREATE, {"rcx": page[0], "rdx": _n("hkid", 13)}),
         (_L.MNG_KEY_CONFIG, {"rcx": last}),
         *[(_L.MNG_ADDCX, {"rcx": page[n], "rdx": last}) for n in range(1, 7)],
         (_L.MNG_INIT, {"rcx": last, "rdx": _n("buffer", 0)}),
@@ -99,7 +102,7 @@ def _scripts() -> list[tuple[Call, ...]]:
         (_L.SYS_LP_INIT, {}),
         (_L.SYS_CONFIG, {"rcx": _n("buffer", TDMRS), "rdx": number[1], "r8": Recipe("number", GLOBAL_HKID)}),
         (_L.SYS_KEY_CONFIG, {}),
-        *[(_L.SYS_TDMR_INIT, {"rcx": number[0]})] * 4,
+        *[(_L.SYS_TDMR_INIT, {"rcx": number[0]})] * 8,
     ]
     built = _n("tdr", 4)  # the one that is being built
     table = Recipe("number", 2 << 21 | 1)
@@ -114,7 +117,7 @@ def _scripts() -> list[tuple[Call, ...]]:
     on_other = replace(sequence(bring_up[1])[0], lp=1)
     scripts = [
         sequence(*build),
-        (on_other, *sequence(*bring_up)),
+        (*sequence(bring_up[0]), on_other, *sequence(*bring_up[1:])),
         (on_other, *sequence(*bring_up[2:])),
         sequence(*finish),
     ]
@@ -156,7 +159,8 @@ class Walls:
         self._host_leaves = [SeamcallLeaf(n) for n in sorted(HOST_LEAVES)]
         self._guest_leaves = [leaf for leaf in TdcallLeaf if leaf is not TdcallLeaf.VP_VMCALL]
         self._operands = Operands(rng)
-        self.host = Corpus(rng, self._fresh_host, self._change_host, _scripts())
+        self._scripts = _scripts()
+        self.host = Corpus(rng, self._fresh_host, self._change_host, self._scripts)
         self.guest = Corpus(rng, self._fresh_guest, self._change_guest)
         self.world: World
         self._inside: set[int] = set()
@@ -176,8 +180,20 @@ class Walls:
         self._bound.clear()
         self.host.forget_past()
         self.guest.forget_past()
+        self.host.plan(self._first_steps())
         for lp in self.world.lps:
             lp.guest_engine = partial(self._exit, lp)
+
+    def _first_steps(self) -> tuple[Call, ...]:
+        """Half of the worlds begin as their host would go on."""
+        rng, stage = self.rng, self.world.stage
+        if rng.randrange(2):
+            return ()
+        if stage is Stage.LOADED:
+            return self._scripts[_FIRST_STAGE_LEFT]
+        if stage < Stage.READY:
+            return self._scripts[_SECOND_STAGE_LEFT]
+        return self._scripts[rng.choice((_BUILD, _FINISH))]
 
     def step(self) -> None:
         """One call of the host, which may be the visit of a vCPU with many calls."""

@@ -1,4 +1,4 @@
-"""Dirty lines that are held back, and stores that land between two loads."""
+"""What a hostile host can do to the hardware: dirty lines held back, stores between two loads, the wrong modes."""
 
 from dataclasses import replace
 
