@@ -300,6 +300,24 @@ def test_an_injected_interrupt_is_delivered_through_the_guests_idt(process):
     fails(EINVAL, machine.ioctl, machine.vcpu, KvmIoctl.INTERRUPT, bytearray((256).to_bytes(4, "little")))
 
 
+def test_user_space_is_told_when_the_guest_can_take_its_interrupt(process):
+    # out 0x81, al; sti; nop; jmp $ ... the handler: out 0x80, al
+    machine = Machine(process, bytes.fromhex("e681fb90ebfe").ljust(0x100, b"\xf4") + bytes.fromhex("e680f4"))
+    machine.handle(0x41, ENTRY + 0x100)
+    regs = machine.get(KvmIoctl.GET_REGS, wire.RegsStruct)
+    regs.rflags = 2
+    machine.set(KvmIoctl.SET_REGS, regs)
+    run = machine.run()
+    assert (run.io.port, run.if_flag, run.ready_for_interrupt_injection) == (0x81, 0, 0)
+    run.request_interrupt_window = 1
+    machine.run()
+    assert (run.exit_reason, run.if_flag, run.ready_for_interrupt_injection) == (KvmExit.IRQ_WINDOW_OPEN, 1, 1)
+    run.request_interrupt_window = 0
+    machine.ioctl(machine.vcpu, KvmIoctl.INTERRUPT, bytearray((0x41).to_bytes(4, "little")))
+    machine.run()
+    assert (run.exit_reason, run.io.port) == (KvmExit.IO, 0x80)
+
+
 def test_multiprocessing_states_need_a_local_apic(process):
     machine = Machine(process)
     state = bytearray(4)
