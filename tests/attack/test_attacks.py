@@ -27,6 +27,7 @@ def test_only_known_limits_of_the_real_scheme_let_the_attacker_win():
         "logical-flip",
         "pamt-replay",
         "tdvps-replay",
+        "coarse-step",
         "page-trace",
     ]
 

@@ -11,15 +11,20 @@ from click.testing import CliRunner
 
 from softtdx.abi.leaves import SeamcallLeaf, TdcallLeaf
 from softtdx.attack import fuzz as fuzzing
+from softtdx.attack.caches import KEYID_USED_TWICE
 from softtdx.attack.campaign import CampaignError, CampaignState, Job, run_campaign
 from softtdx.attack.engines import LocalEngine
+from softtdx.attack.flawed import Flaw, attackers_key, image_with, signed
 from softtdx.attack.fuzz import TARGETS, Finding, Fuzzed, fuzz, machine_code, walls
+from softtdx.attack.fuzz import world as world_module
 from softtdx.attack.fuzz.calls import fresh, kinds_of
 from softtdx.attack.fuzz.feedback import Corpus
 from softtdx.attack.fuzz.walls import Walls
 from softtdx.attack.fuzz.world import Stage, World
+from softtdx.attack.module_image import NO_DEBUG_CHECK
 from softtdx.cli.campaign import _STEPS, campaign
 from softtdx.errors import SoftTdxError
+from softtdx.seamldr.sigstruct import KEY_BITS, signer_hash
 
 SLICE = {"seamcall": 4000, "tdcall": 2000, "guest": 500, "code": 500, "ioctl": 4000, "files": 4000, "loader": 300}
 NIGHT = {
@@ -108,6 +113,28 @@ def test_a_defect_of_the_module_is_found(how, monkeypatch):
     monkeypatch.setattr(World, "_populate", with_defect)
     monkeypatch.setattr(walls, "_STAGES", (Stage.POPULATED,))
     assert fuzz("seamcall", 1, 2000).findings
+
+
+FLAWS = {
+    "a host looks into production TDs": (NO_DEBUG_CHECK,),
+    "a KeyID is given twice": KEYID_USED_TWICE,
+    "an S-EPT page that is removed stays counted": (
+        Flaw("leaves/mem_sept.py", "td.add_children(-1 - len(tables))", "td.add_children(-len(tables))"),
+    ),
+    "pages are taken for what they are not": (
+        Flaw("pamt.py", "    if page.first >> TYPE_SHIFT & 0xFF != expected:\n", "    if False:\n"),
+    ),
+}
+
+
+@pytest.mark.parametrize("flaws", FLAWS.values(), ids=FLAWS)
+def test_a_flaw_in_one_line_of_the_module_is_found(flaws, monkeypatch):
+    release = signed(image_with(*flaws), attackers_key())
+    modulus = attackers_key().public_key().public_numbers().n.to_bytes(KEY_BITS // 8, "little")
+    trusting = partial(world_module.launch_np_seamldr, signer=signer_hash(modulus))
+    monkeypatch.setattr(world_module, "launch_np_seamldr", trusting)
+    monkeypatch.setattr(world_module, "development_release", lambda: release)
+    assert fuzz("seamcall", 1, 4000).findings
 
 
 def test_operands_are_of_the_kinds_that_the_leaf_takes():

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 from td_build_steps import Build
+from unwilling_module import asked_before
 
 from softtdx.abi.ghci import VmcallLeaf
 from softtdx.abi.leaves import SeamcallLeaf
@@ -21,28 +22,15 @@ def busy(host, seed, share=0.5):
     """Every processor's SEAMCALLs fail by chance with OPERAND_BUSY, without being executed."""
     rng = random.Random(seed)
     refused = []
-    lps = host.platform.lps
 
-    def wrap(lp):
-        real = lp.seamcall
+    def answer(_lp, leaf, _n):
+        if rng.random() >= share:
+            return None
+        refused.append(SeamcallLeaf(leaf))
+        return Status.OPERAND_BUSY | Operand.RCX
 
-        def seamcall(regs):
-            leaf = regs.rax & 0xFFFF
-            if rng.random() < share and not regs.rax >> 63:
-                refused.append(SeamcallLeaf(leaf))
-                regs.rax = Status.OPERAND_BUSY | Operand.RCX
-                return regs
-            return real(regs)
-
-        return seamcall
-
-    for lp in lps:
-        lp.seamcall = wrap(lp)
-    try:
+    with asked_before(host, answer):
         yield refused
-    finally:
-        for lp in lps:
-            del lp.seamcall
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -4,12 +4,13 @@ A module that refuses at the end and does no more later gives back what it kept 
 """
 
 import threading
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from td_build_steps import Build
+from unwilling_module import asked_before
 
 from softtdx.abi.kvm import KvmExit, TdxCommand
 from softtdx.abi.leaves import SeamcallLeaf as Leaf
@@ -53,32 +54,6 @@ class Life(Build):
         return errors
 
 
-@contextmanager
-def answers(host, answer):
-    """`answer(leaf, n)` is asked before the n-th SEAMCALL of each leaf: a status to return instead, or None."""
-    counts = {}
-
-    def wrap(real):
-        def seamcall(regs):
-            number = regs.rax & 0xFFFF
-            counts[number] = counts.get(number, 0) + 1
-            status = answer(number, counts[number]) if not regs.rax >> 63 else None
-            if status is None:
-                return real(regs)
-            regs.rax = status
-            return regs
-
-        return seamcall
-
-    for lp in host.platform.lps:
-        lp.seamcall = wrap(lp.seamcall)
-    try:
-        yield counts
-    finally:
-        for lp in host.platform.lps:
-            del lp.seamcall
-
-
 def everything_is_back(host, free):
     assert host.reap() == 0
     assert set(host.memory.tdx_pages()) == {"PAMT"}
@@ -90,7 +65,7 @@ def everything_is_back(host, free):
 @pytest.fixture(scope="module")
 def leaves(booted_host):
     """How often each leaf is called in a life that goes well."""
-    with answers(booted_host, lambda _leaf, _n: None) as counts:
+    with asked_before(booted_host, lambda _lp, _leaf, _n: None) as counts:
         assert Life(booted_host).live() == []
     return dict(counts)
 
@@ -108,7 +83,7 @@ def test_a_life_uses_these_leaves(leaves):
 def test_every_leaf_is_busy_for_a_while_and_user_space_notices_nothing(host, leaves):
     free = host.memory.free_pages
     for number in leaves:
-        with answers(host, lambda leaf, n, number=number: BUSY if leaf == number and n % 4 else None):
+        with asked_before(host, lambda _lp, leaf, n, number=number: BUSY if leaf == number and n % 4 else None):
             assert Life(host).live() == [], Leaf(number)
         everything_is_back(host, free)
 
@@ -116,14 +91,14 @@ def test_every_leaf_is_busy_for_a_while_and_user_space_notices_nothing(host, lea
 def test_a_leaf_that_never_works_again_costs_nothing_once_it_does(host, leaves):
     free = host.memory.free_pages
     for number in leaves:
-        with answers(host, lambda leaf, _n, number=number: FAILED if leaf == number else None):
+        with asked_before(host, lambda _lp, leaf, _n, number=number: FAILED if leaf == number else None):
             Life(host).live()
         everything_is_back(host, free)
 
 
 def test_a_module_that_fails_at_the_end_is_asked_again_when_the_next_td_ends(host):
     used = host.tdx.free_keyids
-    with answers(host, lambda leaf, _n: FAILED if leaf == Leaf.MNG_KEY_FREEID else None):
+    with asked_before(host, lambda _lp, leaf, _n: FAILED if leaf == Leaf.MNG_KEY_FREEID else None):
         errors = Life(host).live()
         assert [error.errno for error in errors] == [EIO]
         assert host.tdx.free_keyids == used - 1
@@ -138,7 +113,7 @@ def test_a_module_that_fails_at_the_end_is_asked_again_when_the_next_td_ends(hos
 @given(plan=st.lists(st.tuples(st.integers(1, 400), st.sampled_from([BUSY, FAILED])), max_size=12))
 def test_any_seamcalls_of_a_life_may_be_refused(host, plan):
     free, refused, calls = host.memory.free_pages, dict(plan), iter(range(1, 1 << 30))
-    with answers(host, lambda _leaf, _n: refused.get(next(calls))):
+    with asked_before(host, lambda _lp, _leaf, _n: refused.get(next(calls))):
         Life(host).live()
     everything_is_back(host, free)
 
@@ -176,7 +151,7 @@ def test_a_region_that_fails_in_the_middle_says_how_far_it_came(host):
 def test_a_vcpu_that_cannot_be_entered_says_so_and_the_td_can_go_on(host):
     life = Life(host)
     life.do()
-    with answers(host, lambda leaf, _n: FAILED if leaf == Leaf.VP_ENTER else None):
+    with asked_before(host, lambda _lp, leaf, _n: FAILED if leaf == Leaf.VP_ENTER else None):
         life.run()
     assert life.reasons == [KvmExit.FAIL_ENTRY]
     assert life.vcpus[0].kvm_run.fail_entry.hardware_entry_failure_reason == FAILED

@@ -167,7 +167,7 @@ impl Cpu {
     }
 
     fn debug_qualification(&self) -> u64 {
-        self.pending_debug & 0x600f
+        self.pending_debug & 0x680f
     }
 
     /// CR2 and DR6, once it is clear that the guest gets the exception.
@@ -176,6 +176,7 @@ impl Cpu {
             14 if event.kind == kind::HARDWARE => self.cr2 = self.fault_linear,
             1 if event.kind == kind::HARDWARE => {
                 self.dr[6] |= self.pending_debug & 0xe00f;
+                self.dr[6] &= !(self.pending_debug & super::debug::BUS_LOCK);
                 self.pending_debug = 0;
                 self.dr[7] &= !(1 << 13);
             }

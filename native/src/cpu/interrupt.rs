@@ -27,6 +27,8 @@ pub const ACTIVE: u32 = 0;
 pub const HALTED: u32 = 1;
 pub const SHUTDOWN: u32 = 2;
 pub const WAIT_FOR_SIPI: u32 = 3;
+/// Pending debug exceptions that trap: breakpoints 0 to 3, bus lock, an enabled breakpoint, single step.
+const TRAPS: u64 = 0x580f;
 
 impl Cpu {
     fn interruptible(&self) -> bool {
@@ -42,7 +44,7 @@ impl Cpu {
         let shadow = self.blocking & (block::STI | block::MOV_SS) != 0;
         self.mtf_pending
             || self.activity != ACTIVE
-            || self.pending_debug & 0x500f != 0 && self.blocking & block::MOV_SS == 0
+            || self.pending_debug & TRAPS != 0 && self.blocking & block::MOV_SS == 0
             || self.dr[7] & 0xff != 0
             || !shadow
                 && (self.interruptible()
@@ -116,7 +118,7 @@ impl Cpu {
             self.mtf_pending = false;
             return Err(self.boundary_exit(reason::MTF, 0));
         }
-        if self.pending_debug & 0x500f != 0
+        if self.pending_debug & TRAPS != 0
             && self.blocking & block::MOV_SS == 0
             && self.activity != SHUTDOWN
         {
@@ -260,6 +262,7 @@ impl Cpu {
 
     /// After an instruction with TF or the monitor trap flag.
     pub fn trap_after(&mut self, trap_flag: bool) {
+        self.pending_debug |= std::mem::take(&mut self.hits);
         if trap_flag {
             self.pending_debug |= 0x4000;
         }

@@ -257,6 +257,7 @@ impl Cpu {
             }
         }
         self.check_write(linear, T::BYTES as usize)?;
+        self.split_lock(linear, T::BYTES)?;
         let mut old = self.load::<T>(linear)?;
         loop {
             let new = change(self, old);
@@ -341,7 +342,9 @@ impl Cpu {
         self.check_write(linear, size)?;
         let pa = self.translate(linear, access::WRITE, self.tag & 3)?;
         if (linear & 0xfff) as usize + size <= 0x1000 {
-            return self.phys_cas(pa, size, old, new);
+            let found = self.phys_cas(pa, size, old, new)?;
+            self.watch(linear, size as u64, true);
+            return Ok(found);
         }
         // A lock split over pages: hardware locks the bus; here the two halves are not one access.
         let mut bytes = [0; 16];
@@ -355,12 +358,16 @@ impl Cpu {
 
     /// Reads guest memory at a linear address with the rights of the running code.
     pub fn read_linear(&mut self, linear: u64, into: &mut [u8]) -> Result<(), Stop> {
-        self.read_as(linear, into, self.tag & 3)
+        self.read_as(linear, into, self.tag & 3)?;
+        self.watch(linear, into.len() as u64, false);
+        Ok(())
     }
 
     /// Writes guest memory; either all of it is writable or nothing is written.
     pub fn write_linear(&mut self, linear: u64, from: &[u8]) -> Result<(), Stop> {
-        self.write_as(linear, from, self.tag & 3)
+        self.write_as(linear, from, self.tag & 3)?;
+        self.watch(linear, from.len() as u64, true);
+        Ok(())
     }
 
     /// Reads with the rights of `privilege` (see [`super::tlb`]).
@@ -434,6 +441,9 @@ impl Cpu {
         write: bool,
         privilege: u64,
     ) -> Result<(), Stop> {
+        if self.watched_page(linear) {
+            return Ok(());
+        }
         let result = self.mem.page_ptr(pa & PAGE, write, self.guest_agent());
         if self.slot.poll() {
             // Taken back while we asked: do without this time.

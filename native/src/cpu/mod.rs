@@ -10,6 +10,7 @@
 
 pub mod block;
 pub mod control_regs;
+pub mod debug;
 pub mod decode;
 pub mod ept;
 pub mod exception;

@@ -46,6 +46,9 @@ impl Cpu {
             self.drop_pointers();
             cache.key_generation = keys;
         }
+        if self.watching() {
+            self.tlb.drop_pointers();
+        }
         self.pause_at = self.icount + SLICE;
         self.plan();
         // What was posted before the run is met at its first boundary: a pending interrupt ends it at once.
@@ -177,6 +180,7 @@ impl Cpu {
         let block = cache.blocks[index as usize];
         self.gpr[BLOCK] = self.rip;
         self.code = cache.running(index);
+        self.hits = 0;
         let trap = self.single_stepping();
         let shadow = self.blocking & (block::STI | block::MOV_SS);
         let ip = Ip::start(&cache.uops[block.first as usize..]);
@@ -191,6 +195,11 @@ impl Cpu {
                 completed = self.stop == StopKind::Sync && self.partial == u32::from(block.count);
                 if !completed {
                     self.icount += u64::from(self.partial);
+                    if self.stop == StopKind::Sync {
+                        // One iteration of a repeated instruction is a step of its own.
+                        self.trap_after(trap);
+                    }
+                    self.hits = 0;
                     return self.stopped();
                 }
             }

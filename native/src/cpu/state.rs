@@ -349,6 +349,8 @@ pub struct Cpu {
     pub blocking: u32,
     pub activity: u32,
     pub pending_debug: u64,
+    /// What the running instruction adds to them once it is complete.
+    pub hits: u64,
     pub exit: Exit,
     pub delivering: Option<Delivery>,
     /// Linear address of the last page fault, until it is delivered.
@@ -474,6 +476,7 @@ impl Cpu {
             blocking: 0,
             activity: 0,
             pending_debug: 0,
+            hits: 0,
             exit: Exit::default(),
             delivering: None,
             fault_linear: 0,

@@ -1,6 +1,7 @@
 //! Guests of a few instructions each, run in VMX non-root operation.
 
 mod consistency;
+mod debug;
 mod exceptions;
 mod hostile;
 mod integer;

@@ -5,6 +5,8 @@ has a view over the same bytes; what user space answers, it writes there.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
+from struct import Struct
 from typing import Final
 
 from softtdx.abi.kvm import EXIT_IO_OUT, MEMORY_EXIT_FLAG_PRIVATE, KvmExit
@@ -18,6 +20,12 @@ __all__ = [
 _PAGE: Final = 4096
 MMAP_SIZE: Final = 2 * _PAGE  # KVM_GET_VCPU_MMAP_SIZE
 EXIT_AT: Final = 32  # of the union that says more of an exit
+_IO: Final = Struct("<BBHIQ")  # written as a whole: these are on the path of every exit
+_MMIO: Final = Struct("<QQIB")
+_VALUE: Final = Struct("<Q")
+_AFTER: Final = Struct("<BBHQQ")
+_AFTER_AT, _SYNC_AT = 12, 288
+_NO_SYNC: Final = bytes(16)
 _FATAL_WITH_GPA: Final = 1 << 63
 _U32: Final = 0xFFFF_FFFF
 
@@ -34,8 +42,8 @@ class IoExit(Wire, size=MMAP_SIZE):
 
     def put(self, write: bool, size: int, port: int, value: int = 0) -> "IoExit":
         """Fill it in; returns itself."""
-        self.direction, self.size, self.port, self.count, self.data_offset = int(write), size, port, 1, _PAGE
-        self.view[_PAGE : _PAGE + 8] = value.to_bytes(8, "little")
+        _IO.pack_into(self.view, EXIT_AT, write, size, port, 1, _PAGE)
+        _VALUE.pack_into(self.view, _PAGE, value)
         return self
 
     @property
@@ -50,7 +58,7 @@ class IoExit(Wire, size=MMAP_SIZE):
 
     @value.setter
     def value(self, value: int) -> None:
-        self.view[_PAGE : _PAGE + 8] = value.to_bytes(8, "little")
+        _VALUE.pack_into(self.view, _PAGE, value)
 
 
 class MmioExit(Wire, size=24):
@@ -63,7 +71,7 @@ class MmioExit(Wire, size=24):
 
     def put(self, write: bool, size: int, gpa: int, value: int = 0) -> "MmioExit":
         """Fill it in; returns itself."""
-        self.is_write, self.size, self.gpa, self.value = int(write), size, gpa, value
+        _MMIO.pack_into(self.view, 0, gpa, value, size, write)
         return self
 
     @property
@@ -195,46 +203,55 @@ class KvmRun(Wire, size=MMAP_SIZE):
             return KvmExit.UNKNOWN
 
     @property
+    def wants_sync(self) -> bool:
+        """Whether user space wants registers to be copied (KVM_CAP_SYNC_REGS)."""
+        return self.view[_SYNC_AT : _SYNC_AT + len(_NO_SYNC)] != _NO_SYNC
+
+    def put_after(self, *, ready: bool, if_flag: bool, cr8: int = 0, apic_base: int = 0) -> None:
+        """What KVM_RUN says of the vCPU whenever it returns."""
+        _AFTER.pack_into(self.view, _AFTER_AT, ready, if_flag, 0, cr8, apic_base)
+
+    @cached_property
     def io(self) -> IoExit:
         """KVM_EXIT_IO."""
         return IoExit(self.view)
 
-    @property
+    @cached_property
     def mmio(self) -> MmioExit:
         """KVM_EXIT_MMIO."""
         return MmioExit(self.view, EXIT_AT)
 
-    @property
+    @cached_property
     def hypercall(self) -> HypercallExit:
         """KVM_EXIT_HYPERCALL."""
         return HypercallExit(self.view, EXIT_AT)
 
-    @property
+    @cached_property
     def memory_fault(self) -> MemoryFaultExit:
         """KVM_EXIT_MEMORY_FAULT."""
         return MemoryFaultExit(self.view, EXIT_AT)
 
-    @property
+    @cached_property
     def tdx(self) -> TdxExit:
         """KVM_EXIT_TDX."""
         return TdxExit(self.view, EXIT_AT)
 
-    @property
+    @cached_property
     def system_event(self) -> SystemEventExit:
         """KVM_EXIT_SYSTEM_EVENT."""
         return SystemEventExit(self.view, EXIT_AT)
 
-    @property
+    @cached_property
     def fail_entry(self) -> FailEntry:
         """KVM_EXIT_FAIL_ENTRY."""
         return FailEntry(self.view, EXIT_AT)
 
-    @property
+    @cached_property
     def internal(self) -> InternalError:
         """KVM_EXIT_INTERNAL_ERROR."""
         return InternalError(self.view, EXIT_AT)
 
-    @property
+    @cached_property
     def msr(self) -> MsrExit:
         """KVM_EXIT_X86_RDMSR and KVM_EXIT_X86_WRMSR."""
         return MsrExit(self.view, EXIT_AT)

@@ -380,7 +380,7 @@ def level_shift(level: int) -> int:
 
 def level_size(level: int) -> int:
     """Bytes that one entry of this level covers."""
-    return 1 << level_shift(level)
+    return 1 << (12 + 9 * level)
 
 
 def entry_index(gpa: int, level: int) -> int:

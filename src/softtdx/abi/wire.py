@@ -91,7 +91,10 @@ class UInt(_Descriptor):
     def __get__(self, wire: Wire | None, owner: type) -> Self | int:
         if wire is None:
             return self
-        return int.from_bytes(wire.view[self.at : self.at + self.size], "little")
+        view, at, size = wire.view, self.at, self.size
+        if size <= 2:  # cheaper than a slice
+            return view[at] if size == 1 else view[at] | view[at + 1] << 8
+        return int.from_bytes(view[at : at + size], "little")
 
     def __set__(self, wire: Wire, value: int) -> None:
         try:

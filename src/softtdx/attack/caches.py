@@ -14,7 +14,7 @@ __all__: list[str] = []
 
 _FORGED = b"what another tenant once had in this page".ljust(64, b".") * (PAGE // 64)
 _MARKED = 5  # a shared KeyID
-_KEYID_USED_TWICE = (
+KEYID_USED_TWICE = (
     Flaw(
         "leaves/mng.py",
         "    if g.kot.get(hkid, (HkidState.FREE, 0))[0] is not HkidState.FREE:\n",
@@ -50,7 +50,7 @@ def keyid_reuse(scene: Scene) -> Observation:
     The host takes the page from the victim and gives it to the accomplice; the interposer puts the recorded lines
     back. Under the same key, at the same address, they verify: the accomplice reads the victim's secret.
     """
-    flawed_host(scene, *_KEYID_USED_TWICE)
+    flawed_host(scene, *KEYID_USED_TWICE)
     place, hkid, learned = 0, 0, b""
 
     def owner(td: Td) -> None:

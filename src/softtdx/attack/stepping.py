@@ -27,7 +27,7 @@ _BITS = 8 * _KEY_SIZE
 _CODE = SPARE_GPA
 _TABLE = SPARE_GPA + 0x10_000  # 16 pages
 _STEP = bytes.fromhex("eb00")  # jmp to the next instruction
-_SHORT, _LONG = 1, 4  # instructions of the guest's two paths
+_SHORT, _LONG, _VERY_LONG = 1, 4, 400  # instructions of the guest's paths
 _REPLAYS = 400
 _NOISE = 2.0  # of the probe, where a bit of the register is 0 or 1
 _INTERRUPTS = frozenset({ExitReason.EXTERNAL_INTERRUPT, ExitReason.EXCEPTION_OR_NMI})
@@ -39,7 +39,7 @@ def _reason(scene: Scene, victim: Victim, lp: LogicalProcessor) -> int:
     return rax & 0xFFFF
 
 
-def _count_exits(scene: Scene, interrupt: Callable[[LogicalProcessor], None]) -> Observation:
+def _count_exits(scene: Scene, interrupt: Callable[[LogicalProcessor], None], longer: int = _LONG) -> Observation:
     """Between two hypercalls the guest takes a short or a long path by a bit of its key; the host interrupts it.
 
     `interrupt` is called before each entry. The host counts how often it gets the guest back before the hypercall.
@@ -50,7 +50,7 @@ def _count_exits(scene: Scene, interrupt: Callable[[LogicalProcessor], None]) ->
         ops, td = victim.machine.vcpus[0].ops, victim.td
         enter, answer = ops.run, ops.handle_exit
         victim.touch(_CODE)
-        short, long = (_STEP * n + td.escape for n in (_SHORT, _LONG))
+        short, long = (_STEP * n + td.escape for n in (_SHORT, longer))
         td.write(_CODE, short.ljust(64, b"\xcc") + long)
 
         def run(lp: LogicalProcessor) -> None:
@@ -81,6 +81,10 @@ def _count_exits(scene: Scene, interrupt: Callable[[LogicalProcessor], None]) ->
     return scene.under_attack(act)
 
 
+def _after_one_instruction(lp: LogicalProcessor) -> None:
+    lp.core.set_host_timer(lp.core.rdtsc() + 1)
+
+
 @attack(
     "interrupt-storm",
     "control",
@@ -92,10 +96,25 @@ def _count_exits(scene: Scene, interrupt: Callable[[LogicalProcessor], None]) ->
 def interrupt_storm(scene: Scene) -> Observation:
     """The processor's timer fires one instruction after each entry. The number of exits is that of instructions.
 
-    The guest executes three instructions more for a one of its key than for a zero. What TDX does not stop is the
-    coarse view: a path that is longer by hundreds of instructions takes more exits on average.
+    The guest executes three instructions more for a one of its key than for a zero.
     """
-    return _count_exits(scene, lambda lp: lp.core.set_host_timer(lp.core.rdtsc() + 1))
+    return _count_exits(scene, _after_one_instruction)
+
+
+@attack(
+    "coarse-step",
+    "control",
+    title="The host counts interrupts where the guest's paths differ by hundreds of instructions",
+    promise="None: interrupts held back for 1 to 32 instructions blur short paths, not long ones.",
+    expected=Outcome.LEAKED,
+    unprotected=_ORDINARY,
+)
+def coarse_step(scene: Scene) -> Observation:
+    """The same as `interrupt-storm`, to a guest that executes hundreds of instructions more for a one of its key.
+
+    A limit of the real scheme: how long a TD takes between two exits, in time or in exits, is for the host to see.
+    """
+    return _count_exits(scene, _after_one_instruction, _VERY_LONG)
 
 
 @attack(

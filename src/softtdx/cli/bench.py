@@ -70,6 +70,7 @@ def _build(runs: int) -> Iterator[Figure]:
     host = boot_host()
     names = {
         "build_s_per_mib": "measured memory, per MiB",
+        "processor_s_per_mib": "the same, processor time",
         "build_s": "a TD of 2 MiB, whole build",
         "teardown_s": "its teardown",
     }

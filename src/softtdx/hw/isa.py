@@ -3,7 +3,9 @@
 The SEAM loader and the TDX module get a `SeamCpu` and nothing else of the hardware. Its methods are the
 instructions that Intel's module uses (facts: static counts of special instructions in module 1.5): loads and stores
 through keyholes with any KeyID, MOVDIR64B, VMREAD/VMWRITE/VMPTRLD/VMCLEAR/VMLAUNCH/VMRESUME, RDMSR/WRMSR, CPUID,
-INVEPT, PCONFIG, SEAMOPS, RDRAND/RDSEED, RDTSC, XSAVES/XRSTORS. SEAMRET is the return from the entry point.
+INVEPT, PCONFIG, SEAMOPS, RDRAND/RDSEED, RDTSC, XSAVES/XRSTORS, LOCK-prefixed instructions on words of its own
+(`LockWords`, `HeldLocks`). Loads in a row (`walk_ept`, `PamtPath`) and SHA-384 from memory are one call each.
+SEAMRET is the return from the entry point.
 """
 
 from typing import TYPE_CHECKING, Protocol

@@ -7,7 +7,7 @@ from softtdx.hw import PlatformDescription
 from softtdx.kvm.uapi import CpuidEntry
 from softtdx.kvm.vcpu import Vcpu
 
-__all__ = ["FEATURES", "cpuid", "feature_msr", "host_cpuid", "read_msr", "td_has_msr", "write_msr"]
+__all__ = ["FEATURES", "apic_base", "cpuid", "feature_msr", "host_cpuid", "read_msr", "td_has_msr", "write_msr"]
 
 # Features that a guest may be shown of those the host has: what needs no state or mode beyond x87 and SSE.
 _GUEST_FEATURES: Final[dict[tuple[int, int | None], tuple[int, int, int, int]]] = {
@@ -26,6 +26,9 @@ _ON_VIRTUAL_APIC: Final = frozenset(
 FEATURES: Final = (Msr.BIOS_SIGN_ID, Msr.ARCH_CAPABILITIES, Msr.PLATFORM_INFO)
 """KVM_GET_MSR_FEATURE_INDEX_LIST: MSRs that say what the virtual processor can do."""
 
+_APIC_BASE: Final = int(Msr.APIC_BASE)
+_APIC_BASE_RESET: Final = 0xFEE0_0C00
+
 # MSRs that software keeps: reset value. Writes are remembered.
 _SOFTWARE_MSRS: Final[dict[int, int]] = {
     Msr.MTRRCAP: 0x508,
@@ -35,7 +38,7 @@ _SOFTWARE_MSRS: Final[dict[int, int]] = {
     Msr.MISC_ENABLE: 1,
     Msr.BIOS_SIGN_ID: 0x1_0000_0000,
     Msr.PLATFORM_ID: 0,
-    Msr.APIC_BASE: 0xFEE0_0C00,
+    Msr.APIC_BASE: _APIC_BASE_RESET,
     Msr.MCG_CAP: 0,
     Msr.MCG_STATUS: 0,
     Msr.ARCH_CAPABILITIES: 0,
@@ -101,12 +104,18 @@ def read_msr(vcpu: Vcpu, index: int) -> int | None:
     """An MSR that KVM keeps; None for one it does not have."""
     if vcpu.apic is not None and is_apic_msr(index):
         return vcpu.apic.read(index)
+    if index == Msr.APIC_BASE:
+        return apic_base(vcpu)
     default = _SOFTWARE_MSRS.get(index)
-    if default is None:
-        return None
-    if index == Msr.APIC_BASE and vcpu.vcpu_id == vcpu.vm.boot_cpu:
-        default |= APIC_BASE_BSP
-    return vcpu.msrs.get(index, default)
+    return None if default is None else vcpu.msrs.get(index, default)
+
+
+def apic_base(vcpu: Vcpu) -> int:
+    """IA32_APIC_BASE; the boot processor says that it is one."""
+    value = vcpu.msrs.get(_APIC_BASE)
+    if value is None:
+        return _APIC_BASE_RESET | (APIC_BASE_BSP if vcpu.vcpu_id == vcpu.vm.boot_cpu else 0)
+    return value
 
 
 def write_msr(vcpu: Vcpu, index: int, value: int) -> bool:

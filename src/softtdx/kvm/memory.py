@@ -116,12 +116,12 @@ class HostMemory:
 
     def _pop(self, order: int) -> int | None:
         """A free block of 2 to the power of `order` pages; a larger one is split."""
-        found = next((o for o in range(order, _MAX_ORDER + 1) if self._free[o]), None)
-        if found is None:
-            return None
-        pa, _ = self._free[found].popitem()
-        self._split(pa, found, order)
-        return pa
+        for found in range(order, _MAX_ORDER + 1):
+            if self._free[found]:
+                pa, _ = self._free[found].popitem()
+                self._split(pa, found, order)
+                return pa
+        return None
 
     def _pop_within(self, order: int, start: int, end: int) -> int | None:
         size = PAGE << order

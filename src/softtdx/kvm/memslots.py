@@ -73,9 +73,10 @@ class Memslots:
     def find(self, gpa: int) -> Memslot | None:
         """The slot that contains a GPA."""
         at = bisect_right(self._starts, gpa) - 1
-        if at < 0 or gpa >= self._sorted[at].end:
+        if at < 0:
             return None
-        return self._sorted[at]
+        slot = self._sorted[at]
+        return slot if gpa - slot.gpa < slot.size else None
 
     def check(self, new: Memslot) -> None:
         """The kernel's rules for a new slot. KvmError(EINVAL or EEXIST)."""

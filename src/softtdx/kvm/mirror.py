@@ -28,7 +28,7 @@ _RETRIES = 10_000
 _SUCCESS = Status.SUCCESS
 
 
-@dataclass
+@dataclass(slots=True)
 class Mapping:
     """A private leaf: `level` 0 is 4 KiB, 1 is 2 MiB, 2 is 1 GiB."""
 

@@ -143,8 +143,10 @@ class Vcpu:
         is for memory that user space has to provide or convert; a `kick` or kvm_run.immediate_exit ends it with
         KVM_EXIT_INTR (ioctl.py adds EFAULT and EINTR).
         """
-        with self.taken():
-            if self.kvm_run.kvm_valid_regs or self.kvm_run.kvm_dirty_regs:
+        with self._mutex:
+            if self.vm.dead or self.vm.closed:
+                raise KvmError(errno.EIO, "the VM is dead")
+            if self.kvm_run.wants_sync:
                 raise KvmError(errno.EINVAL, "KVM_CAP_SYNC_REGS is not there")
             if self._complete is not None:
                 complete, self._complete = self._complete, None

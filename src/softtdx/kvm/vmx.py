@@ -201,11 +201,13 @@ class VmxVcpu(VcpuOps):
 
     def fill_run(self, run: KvmRun) -> None:
         """IF, CR8 and what an injected interrupt needs."""
-        run.if_flag = self.rflags >> _IF & 1
-        apic = self.vcpu.apic
-        run.ready_for_interrupt_injection = int(apic is None and run.if_flag and not self._shadowed)
-        run.cr8 = registers.cr8(self)
-        run.apic_base = emulate.read_msr(self.vcpu, Msr.APIC_BASE) or 0
+        enabled, apic = bool(self.rflags >> _IF & 1), self.vcpu.apic
+        run.put_after(
+            ready=enabled and apic is None and not self._shadowed,
+            if_flag=enabled,
+            cr8=0 if apic is None else registers.cr8(self),
+            apic_base=emulate.apic_base(self.vcpu),
+        )
 
     def pre_fault_memory(self, gpa: int, size: int) -> int:
         """KVM_PRE_FAULT_MEMORY."""
@@ -292,7 +294,9 @@ class VmxVcpu(VcpuOps):
         self.gprs = list(core.gprs())
         self.rip, self.gprs[_RSP] = core.vmread(vmcs.GUEST_RIP), core.vmread(vmcs.GUEST_RSP)
         self.rflags = core.vmread(vmcs.GUEST_RFLAGS)
-        self._shadowed = bool(core.vmread(vmcs.GUEST_INTERRUPTIBILITY) & _BLOCKED_BY_STI_OR_MOV_SS)
+        self._shadowed = bool(
+            self.rflags >> _IF & 1 and core.vmread(vmcs.GUEST_INTERRUPTIBILITY) & _BLOCKED_BY_STI_OR_MOV_SS
+        )
         vectoring = core.vmread(vmcs.IDT_VECTORING_INFO)
         if vectoring & _VALID:
             # The exit came in the middle of an event's delivery: deliver it again (vmx_complete_interrupts).

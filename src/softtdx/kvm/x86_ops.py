@@ -111,7 +111,7 @@ class VcpuOps(ABC):
 
     def fill_run(self, run: KvmRun) -> None:
         """What struct kvm_run says of the vCPU after each KVM_RUN (post_kvm_run_save)."""
-        run.if_flag = run.ready_for_interrupt_injection = 0
+        run.put_after(ready=False, if_flag=False)
 
     # --- time and interrupts, for the local APIC
     def guest_tsc(self, lp: LogicalProcessor | None = None) -> int:

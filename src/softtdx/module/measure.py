@@ -12,21 +12,13 @@ from softtdx._silicon import sha384_final, sha384_init
 from . import tdcs
 from .td import Td
 
-__all__ = ["abandon", "extend", "finish", "page_add_record", "start"]
+__all__ = ["CHUNK", "abandon", "extend", "finish", "page_added", "start"]
 
-RECORD: Final = struct.Struct("<16sQ104x")
+CHUNK: Final = 256  # bytes that one TDH.MR.EXTEND measures
+_record: Final = struct.Struct("<16sQ104x").pack
+MRTD_STATE: Final = tdcs.MRTD_STATE  # the context of `SeamCpu.extend_sha384`; MRTD_LENGTH is behind the state
 PAGE_ADD: Final = b"MEM.PAGE.ADD"
 MR_EXTEND: Final = b"MR.EXTEND"
-
-
-def page_add_record(gpa: int) -> bytes:
-    """What TDH.MEM.PAGE.ADD of `gpa` adds to the stream."""
-    return RECORD.pack(PAGE_ADD, gpa)
-
-
-def mr_extend_record(gpa: int) -> bytes:
-    """What TDH.MR.EXTEND of `gpa` adds before the 256 bytes themselves."""
-    return RECORD.pack(MR_EXTEND, gpa)
 
 
 def start(td: Td) -> None:
@@ -37,9 +29,14 @@ def start(td: Td) -> None:
     _count(td, 1)
 
 
-def extend(td: Td, record: bytes, source: int = 0, size: int = 0) -> None:
-    """Add a record to the stream, and `size` bytes from `source` (KeyID included): whole 128-byte blocks."""
-    td.call.cpu.extend_sha384(td.p0 + tdcs.MRTD_STATE, record, source, size)
+def page_added(td: Td, gpa: int) -> None:
+    """TDH.MEM.PAGE.ADD of `gpa`: its record goes into the stream."""
+    td.call.cpu.extend_sha384(td.p0 + MRTD_STATE, _record(PAGE_ADD, gpa))
+
+
+def extend(td: Td, gpa: int, source: int) -> None:
+    """TDH.MR.EXTEND of `gpa`: its record, and the 256 bytes at the bus address `source`."""
+    td.call.cpu.extend_sha384(td.p0 + MRTD_STATE, _record(MR_EXTEND, gpa), source, CHUNK)
 
 
 def abandon(td: Td) -> None:

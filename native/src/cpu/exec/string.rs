@@ -183,6 +183,15 @@ fn cut<const OP: u8>(cpu: &mut Cpu) {
     }
 }
 
+/// Lets an event in between two iterations; the instruction goes on afterwards.
+#[cold]
+fn leave(cpu: &mut Cpu, u: &Uop) -> Flow {
+    cpu.partial = u32::from(u.n);
+    cpu.rip = cpu.ip_mask(cpu.gpr[crate::cpu::state::BLOCK].wrapping_add(u64::from(u.at)));
+    cpu.stop = StopKind::Sync;
+    Flow::Stop
+}
+
 fn repeated<T: Int, const OP: u8>(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
     last(cpu, ip, |cpu, u| {
         let mask = mask(u);
@@ -200,15 +209,10 @@ fn repeated<T: Int, const OP: u8>(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
                 burst = 0;
                 cpu.poll();
                 if cpu.event_due() {
-                    // Let the event in; the instruction goes on afterwards.
-                    cpu.partial = u32::from(u.n);
-                    cpu.rip = cpu
-                        .ip_mask(cpu.gpr[crate::cpu::state::BLOCK].wrapping_add(u64::from(u.at)));
-                    cpu.stop = StopKind::Sync;
-                    return Ok(Flow::Stop);
+                    return Ok(leave(cpu, u));
                 }
             }
-            if (OP == MOVS || OP == STOS) && cpu.flags & DF == 0 {
+            if (OP == MOVS || OP == STOS) && cpu.flags & DF == 0 && !cpu.trap_each() {
                 let done = bulk::<T, OP>(cpu, u, count)?;
                 if done > 0 {
                     bump(cpu, u, RCX, done.wrapping_neg());
@@ -225,6 +229,9 @@ fn repeated<T: Int, const OP: u8>(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
             burst += 1;
             if (OP == CMPS || OP == SCAS) && cpu.cc.zf() != (u.rep == 1) {
                 break;
+            }
+            if cpu.trap_each() && cpu.gpr[RCX] & mask != 0 {
+                return Ok(leave(cpu, u));
             }
         }
         Ok(Flow::Next)

@@ -60,7 +60,7 @@ def mem_page_add(call: Call) -> None:
     target = pa | td.key_bits
     cpu.copy_page(target, source)
     cpu.wr64(at, sept.make_leaf(target, sept.MAPPED))
-    measure.extend(td, measure.page_add_record(info))
+    measure.page_added(td, info)
     td.add_children(1)
     page.set(REG, td.pa, 0)
 

@@ -15,7 +15,6 @@ from ..locks import EXCLUSIVE
 from ..registry import seamcall
 from ..td import NO_LOCK, Td, open_td
 
-CHUNK: Final = 256
 _EXTEND: Final = SeamcallLeaf.MR_EXTEND
 _STATES: Final = sept.host_states(_EXTEND)
 
@@ -45,15 +44,15 @@ def mr_extend(call: Call) -> None:
     again: _Again | None = call.again
     if again is not None and again.tdr == tdr and again.page == gpa & ~0xF00 and call.held.take_watched(tdr):
         # The next bytes of a page, and no leaf has worked on the TD since: what was checked then still holds.
-        measure.extend(again.td, measure.mr_extend_record(gpa), again.source + (gpa & 0xF00), CHUNK)
+        measure.extend(again.td, gpa, again.source + (gpa & 0xF00))
         return
     td = open_td(call, tdr, _EXTEND, RDX, EXCLUSIVE, NO_LOCK)
-    if gpa & (CHUNK - 1):
+    if gpa & (measure.CHUNK - 1):
         raise operand_invalid(Operand.RCX)
     _, entry, level = sept.walk_to_leaf(td, gpa)
     if entry & STATE_MASK not in _STATES:
         raise LeafError(Status.EPT_ENTRY_NOT_PRESENT)
     source = sept.leaf_hpa(entry, gpa, level)
-    measure.extend(td, measure.mr_extend_record(gpa), source, CHUNK)
+    measure.extend(td, gpa, source)
     call.again = _Again(tdr, gpa & ~0xF00, td, source & ~0xF00)
     call.held.watch(tdr)

@@ -122,7 +122,8 @@ class Vcpu(ControlPages):
     def enter_epoch(self, last: int, *, newly_bound: bool) -> int:
         """Join the current TD epoch, and forget translations of the `last` one; returns it.
 
-        LeafError OPERAND_BUSY (TD_EPOCH). The epoch lock is held for so short that nobody can see it.
+        LeafError OPERAND_BUSY (TD_EPOCH). The epoch lock is not taken: whether TDH.MEM.TRACK came in
+        between is looked at afterwards, so that no host finds the lock held by a vCPU that enters.
         """
         td = self.td
         locks = td.call.locks

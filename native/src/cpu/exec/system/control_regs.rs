@@ -168,6 +168,9 @@ pub(super) fn mov_dr(cpu: &mut Cpu, ip: Ip<'_>) -> Flow {
             7 => value & 0xffff_2bff | 0x400,
             _ => value,
         };
+        if cpu.watching() {
+            cpu.tlb.drop_pointers();
+        }
         Ok(cpu.sync_after(u))
     })
 }
