@@ -1,13 +1,14 @@
 """Eventfds in KVM: interrupts by GSI, and stores of a guest that go to an eventfd instead of to user space."""
 
 import struct
+import threading
 
 import pytest
 from host_actions import HostedMachine
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ioctl_td import answered, fails
-from test_vcpu_state import Machine
+from test_vcpu_state import ENTRY, Machine
 
 from softtdx.abi.ghci import VmcallLeaf
 from softtdx.abi.kvm import IoeventfdFlag, IrqfdFlag, KvmExit, KvmIoctl
@@ -74,6 +75,21 @@ def test_a_signal_that_came_before_the_irqfd_is_not_lost_and_a_closed_eventfd_is
     assert posted(process, machine) == [VECTOR]
     process.close(fd)
     assert not process.file(machine.vm).irqfds._bound
+
+
+def test_a_vcpu_that_has_halted_in_the_kernel_is_woken_by_an_eventfd(process):
+    # hlt; jmp $ ... the handler: out 0x80, al
+    machine = Machine(process, bytes.fromhex("f4ebfe").ljust(0x100, b"\xf4") + bytes.fromhex("e680f4"), apic=True)
+    machine.handle(VECTOR, ENTRY + 0x100)
+    fd = process.eventfd()
+    machine.ioctl(machine.vm, KvmIoctl.SET_GSI_ROUTING, routing(route(5)))
+    machine.ioctl(machine.vm, KvmIoctl.IRQFD, irqfd(fd, 5))
+    thread = threading.Thread(target=machine.run)
+    thread.start()
+    process.write(fd, (1).to_bytes(8, "little"))  # before it halts, or after: it is not lost
+    thread.join()
+    run = process.kvm_run(machine.vcpu)
+    assert (run.exit_reason, run.io.port) == (KvmExit.IO, 0x80)
 
 
 def test_interrupt_lines_are_messages_too(process):

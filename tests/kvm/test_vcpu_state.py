@@ -55,6 +55,21 @@ class Machine:
         regs.rip, regs.rflags = ENTRY, 2
         self.set(KvmIoctl.SET_REGS, regs)
 
+    def handle(self, vector, handler):
+        """A GDT and an IDT with one gate, a stack, and interrupts enabled."""
+        slot = self.process.file(self.vm).memslots.find(0)
+        gate = struct.pack("<HHBBH", handler, 8, 0, 0x8E, 0)
+        self.process.mm.write(slot.hva(0x2000) + 8 * vector, gate)
+        self.process.mm.write(slot.hva(0x3000) + 8, struct.pack("<Q", 0x00CF9B000000FFFF))
+        sregs = self.get(KvmIoctl.GET_SREGS, wire.SregsStruct)
+        gdt, idt = sregs.tables
+        gdt.base, gdt.limit, idt.base, idt.limit = 0x3000, 0xFF, 0x2000, 0x7FF
+        self.set(KvmIoctl.SET_SREGS, sregs)
+        regs = self.get(KvmIoctl.GET_REGS, wire.RegsStruct)
+        regs.rflags = 0x202
+        regs.gprs = (*regs.gprs[:6], 0x3F00, *regs.gprs[7:])
+        self.set(KvmIoctl.SET_REGS, regs)
+
     def get(self, request, kind):
         data = bytearray(argument_size(request))
         assert self.ioctl(self.vcpu, request, data) == 0
@@ -275,29 +290,32 @@ def test_events_that_do_not_exist_are_einval(process, wrong):
 
 
 def test_an_injected_interrupt_is_delivered_through_the_guests_idt(process):
-    # 0x1000: sti; nop; jmp $ ... handler at 0x1100: out 0x80, al; hlt
-    code = bytearray(0x200)
-    code[:3] = bytes.fromhex("90ebfe")
-    code[0x100:0x103] = bytes.fromhex("e680f4")
-    machine = Machine(process, bytes(code))
-    slot = process.file(machine.vm).memslots.find(0)
-    gate = struct.pack("<HHBBH", 0x1100, 8, 0, 0x8E, 0)
-    process.mm.write(slot.hva(0x2000) + 8 * 0x41, gate)
-    process.mm.write(slot.hva(0x3000) + 8, struct.pack("<Q", 0x00CF9B000000FFFF))
-    sregs = machine.get(KvmIoctl.GET_SREGS, wire.SregsStruct)
-    gdt, idt = sregs.tables
-    gdt.base, gdt.limit, idt.base, idt.limit = 0x3000, 0xFF, 0x2000, 0x7FF
-    machine.set(KvmIoctl.SET_SREGS, sregs)
-    regs = machine.get(KvmIoctl.GET_REGS, wire.RegsStruct)
-    regs.rflags = 0x202
-    regs.gprs = (*regs.gprs[:6], 0x3F00, *regs.gprs[7:])
-    machine.set(KvmIoctl.SET_REGS, regs)
+    machine = Machine(process, bytes.fromhex("90ebfe").ljust(0x100, b"\xf4") + bytes.fromhex("e680f4"))
+    machine.handle(0x41, ENTRY + 0x100)
     machine.ioctl(machine.vcpu, KvmIoctl.INTERRUPT, bytearray((0x41).to_bytes(4, "little")))
     assert machine.get(KvmIoctl.GET_SREGS, wire.SregsStruct).interrupt_bitmap[1] == 1 << 1
     run = machine.run()
     assert (run.exit_reason, run.io.port) == (KvmExit.IO, 0x80)
     assert run.if_flag == 0
     fails(EINVAL, machine.ioctl, machine.vcpu, KvmIoctl.INTERRUPT, bytearray((256).to_bytes(4, "little")))
+
+
+def test_user_space_is_told_when_the_guest_can_take_its_interrupt(process):
+    # out 0x81, al; sti; nop; jmp $ ... the handler: out 0x80, al
+    machine = Machine(process, bytes.fromhex("e681fb90ebfe").ljust(0x100, b"\xf4") + bytes.fromhex("e680f4"))
+    machine.handle(0x41, ENTRY + 0x100)
+    regs = machine.get(KvmIoctl.GET_REGS, wire.RegsStruct)
+    regs.rflags = 2
+    machine.set(KvmIoctl.SET_REGS, regs)
+    run = machine.run()
+    assert (run.io.port, run.if_flag, run.ready_for_interrupt_injection) == (0x81, 0, 0)
+    run.request_interrupt_window = 1
+    machine.run()
+    assert (run.exit_reason, run.if_flag, run.ready_for_interrupt_injection) == (KvmExit.IRQ_WINDOW_OPEN, 1, 1)
+    run.request_interrupt_window = 0
+    machine.ioctl(machine.vcpu, KvmIoctl.INTERRUPT, bytearray((0x41).to_bytes(4, "little")))
+    machine.run()
+    assert (run.exit_reason, run.io.port) == (KvmExit.IO, 0x80)
 
 
 def test_multiprocessing_states_need_a_local_apic(process):

@@ -1,14 +1,18 @@
 """Translations of a running TD: they live in the processor until the epoch is over, as blocked ranges show."""
 
+import struct
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 from tdx_machine import PAGE, Leaf, Machine, Td, status
 
-from softtdx.abi.status import Status
+from softtdx.abi.status import Operand, Status
 from softtdx.hw import Registers
 from softtdx.hw.faults import MachineCheck, VmFail
+from softtdx.module import tdcs, tdr
+from softtdx.module.td import LockId
 
 RESET_PAGE = 0xFFFF_F000  # a TD starts at FFFFFFF0H, in 32-bit protected mode, flat segments, no paging
 DATA, COUNTER = PAGE, 2 * PAGE
@@ -109,3 +113,56 @@ def test_a_host_that_writes_into_the_secure_ept_loses_the_module_not_the_tds_sec
     with pytest.raises(VmFail):
         running.machine.call(Leaf.MEM_TRACK, rcx=running.td.tdr)
     assert b"data" not in running.machine.lps[0].read(running.data, PAGE)
+
+
+def at_the_epoch_of(running: Running, action: Callable[[], object]) -> int:
+    """The first time that the second processor has looked at TD_EPOCH, `action` comes in between; where it lies."""
+    m, td = running.machine, running.td
+    first_page = m.platform.memory.read(td.tdr + tdr.TDCX_PA | m.module.g.global_key_bits, 8, seam=True)
+    epoch_at = (int.from_bytes(first_page, "little") | td.hkid << 46) + tdcs.TD_EPOCH
+    cpu = m.lps[1]._seam_cpu
+    load = cpu.rd64
+    seen: list[int] = []
+
+    def rd64(pa: int) -> int:
+        value = load(pa)
+        if pa == epoch_at and not seen:
+            seen.append(value)
+            action()
+        return value
+
+    cpu.rd64 = rd64
+    return epoch_at
+
+
+def references(running: Running, epoch_at: int) -> tuple[int, int]:
+    """How many vCPUs run that entered in even and in odd epochs."""
+    at = epoch_at - tdcs.TD_EPOCH + tdcs.REFCOUNT
+    return struct.unpack("<2H", running.machine.platform.memory.read(at, 4, seam=True))
+
+
+def test_a_vcpu_that_enters_while_the_epoch_advances_is_in_the_new_one(running: Running) -> None:
+    assert running.run().rax == EXTERNAL_INTERRUPT
+    running.td.block(DATA)
+    tracked: list[None] = []
+    epoch_at = at_the_epoch_of(running, lambda: tracked.append(running.td.track()))
+    before = running.count()
+    left = running.run()
+    assert tracked == [None]
+    assert (left.rax, left.r8, running.count()) == (EPT_VIOLATION, DATA, before)
+    assert references(running, epoch_at) == (0, 0)
+    running.td.track()
+    running.machine.ok(Leaf.MEM_PAGE_REMOVE, rcx=DATA, rdx=running.td.tdr)
+
+
+def test_a_vcpu_that_enters_while_the_epoch_is_locked_is_turned_away_and_not_counted(running: Running) -> None:
+    m, td = running.machine, running.td
+    key = td.tdr | LockId.EPOCH
+    epoch_at = at_the_epoch_of(running, lambda: m.module.g.locks.acquire(key, True))
+    busy = m.call(Leaf.VP_ENTER, lp=1, rcx=running.vcpu)
+    assert status(busy.rax) == (Status.OPERAND_BUSY, Operand.TD_EPOCH)
+    assert references(running, epoch_at) == (0, 0)
+    m.module.g.locks.release(key, True)
+    td.track()
+    assert running.run().rax == EXTERNAL_INTERRUPT
+    assert references(running, epoch_at) == (0, 0)

@@ -112,7 +112,11 @@ class TdxVm(VmOps):
         return None if gone else self.secure
 
     def vcpu_create(self, vcpu: Vcpu) -> VcpuOps:
-        """KVM_CREATE_VCPU: EIO before KVM_TDX_INIT_VM, as in the kernel."""
+        """KVM_CREATE_VCPU: EIO before KVM_TDX_INIT_VM, as in the kernel.
+
+        Linux also wants a local APIC in the kernel (EINVAL). Here a TD may do without, so that its HLT goes to user
+        space.
+        """
         from softtdx.kvm.tdx_vcpu import TdxVcpu
 
         if self.state is TdState.UNINITIALIZED:

@@ -112,6 +112,7 @@ class VmxVcpu(VcpuOps):
         self._reason = 0
         self._shadowed = False
         self._tsc_offset = 0
+        self._window_wanted = False
 
     # --- state
     def get_regs(self) -> Regs:
@@ -285,6 +286,8 @@ class VmxVcpu(VcpuOps):
         self._prepare(lp)
         if self.vcpu.nmi_pending:
             self._inject_nmi(lp)
+        if self.vcpu.apic is None:
+            self._watch_for_interrupt_window(lp)
         core.set_gprs(tuple(self.gprs))
         try:
             self._reason = lp.vmenter(not self._launched)
@@ -303,6 +306,15 @@ class VmxVcpu(VcpuOps):
             core.vmwrite(vmcs.ENTRY_INTERRUPTION_INFO, vectoring & ~_VECTORING_UNDEFINED)
             core.vmwrite(vmcs.ENTRY_EXCEPTION_ERROR_CODE, core.vmread(vmcs.IDT_VECTORING_ERROR_CODE))
             core.vmwrite(vmcs.ENTRY_INSTRUCTION_LENGTH, core.vmread(vmcs.EXIT_INSTRUCTION_LENGTH))
+
+    def _watch_for_interrupt_window(self, lp: LogicalProcessor) -> None:
+        """User space has an interrupt, and wants to know when the guest can take it (kvm_run)."""
+        wanted = bool(self.vcpu.kvm_run.request_interrupt_window)
+        if wanted is not self._window_wanted:
+            self._window_wanted = wanted
+            controls = lp.core.vmread(vmcs.PROCESSOR_CONTROLS) & ~int(Primary.INTERRUPT_WINDOW_EXITING)
+            window = Primary.INTERRUPT_WINDOW_EXITING if wanted else 0
+            lp.core.vmwrite(vmcs.PROCESSOR_CONTROLS, controls | window)
 
     def _inject_nmi(self, lp: LogicalProcessor) -> None:
         core = lp.core
@@ -363,6 +375,10 @@ class VmxVcpu(VcpuOps):
     def _interrupted(self, lp: LogicalProcessor) -> bool:
         del lp
         return True
+
+    def _window_open(self, lp: LogicalProcessor) -> bool:
+        del lp
+        return self.vcpu.exit_to_user(KvmExit.IRQ_WINDOW_OPEN)
 
     def _cpuid(self, lp: LogicalProcessor) -> bool:
         values = emulate.cpuid(self.vcpu, self.gprs[_RAX] & _U32, self.gprs[_RCX] & _U32)
@@ -669,6 +685,7 @@ _HANDLERS: dict[int, Callable[[VmxVcpu, LogicalProcessor], bool]] = {
     ExitReason.EXCEPTION_OR_NMI: VmxVcpu._interrupted,
     ExitReason.EXTERNAL_INTERRUPT: VmxVcpu._interrupted,
     ExitReason.TRIPLE_FAULT: VmxVcpu._triple_fault,
+    ExitReason.INTERRUPT_WINDOW: VmxVcpu._window_open,
     ExitReason.CPUID: VmxVcpu._cpuid,
     ExitReason.HLT: VmxVcpu._hlt,
     ExitReason.IO_INSTRUCTION: VmxVcpu._io,
