@@ -9,9 +9,11 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
+from typing import Any
 
 from softtdx.attack.campaign import Job, run_campaign
 from softtdx.attack.engines import RayEngine
@@ -90,12 +92,23 @@ def lose(cluster: object, node: object, folder: Path) -> int:
     return int(seed)
 
 
+def patiently(start: Callable[[], Any]) -> Any:
+    """Ray gives its processes 30 s to start; a machine that is busy with something else takes longer."""
+    for _ in range(9):
+        try:
+            return start()
+        except Exception as error:
+            print(f"again: {error}", file=sys.stderr)
+    return start()
+
+
 def main(folder: Path) -> None:
     RayEngine(address=LOOPBACK)  # before Ray is imported: it turns off what must be off
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args=NODE | {"include_dashboard": False})
-    second = cluster.add_node(**NODE)
+    head = NODE | {"include_dashboard": False}
+    cluster = patiently(lambda: Cluster(initialize_head=True, head_node_args=head))
+    second = patiently(lambda: cluster.add_node(**NODE))
     state = folder / "state.json"
     worker = partial(patient, str(folder))
     jobs = [Job("files", seed, 10) for seed in range(8)]
@@ -106,7 +119,7 @@ def main(folder: Path) -> None:
 
     thread = threading.Thread(target=campaign)
     thread.start()
-    while len({row[1] for row in tries(folder)}) < 2:
+    while len(nodes := {row[1] for row in tries(folder)}) < 2 or second.node_id not in nodes:
         time.sleep(0.02)
     listening = listeners(os.getpid())
     lost = lose(cluster, second, folder)

@@ -24,6 +24,7 @@ Worker = Callable[[str, int, int], Fuzzed]
 Finished = Callable[["Job", Fuzzed], None]
 
 _LOOPBACK = "127.0.0.1"
+_STARTS = 3  # of a cluster of our own: a busy machine may take longer than Ray waits
 _STDERR = 2
 _OBJECT_STORE = 80 << 20  # results are small; less than this Ray refuses
 
@@ -132,20 +133,18 @@ class RayEngine:
 
     def __enter__(self) -> "RayEngine":
         """Join the cluster, or start one. CampaignError when there is none at the address."""
-        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": False}
-        here = {"num_cpus": self._workers, "object_store_memory": _OBJECT_STORE, "_node_ip_address": _LOOPBACK}
-        try:
-            if self._address is not None:
-                quiet.pop("include_dashboard")
-                self._ray.init(address=self._address, **quiet)
-            else:
-                self._ray.init(address="local", **quiet, **here)
-        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-            where = f"at {self._address!r}" if self._address else "on this machine"
-            raise CampaignError(
-                f"no Ray cluster {where} can be used: {error}; start one with `ray start --head` (on loopback with "
-                f"--node-ip-address {_LOOPBACK}), give its address with --ray-address, or use --engine local"
-            ) from error
+        options: dict[str, Any] = {"address": self._address, "log_to_driver": False, "logging_level": "ERROR"}
+        if self._address is None:
+            options |= {"address": "local", "num_cpus": self._workers, "object_store_memory": _OBJECT_STORE}
+            options |= {"include_dashboard": False, "_node_ip_address": _LOOPBACK}
+        for attempt in range(_STARTS):
+            try:
+                self._ray.init(**options)
+                break
+            except Exception as error:  # Ray raises just that when its processes take more than 30 s to start
+                self._ray.shutdown()
+                if self._address is not None or attempt == _STARTS - 1:
+                    raise self._no_cluster(error) from error
         return self
 
     def __exit__(
@@ -153,6 +152,13 @@ class RayEngine:
     ) -> None:
         """Leave the cluster; one that was started here ends."""
         self._ray.shutdown()
+
+    def _no_cluster(self, error: Exception) -> CampaignError:
+        where = f"at {self._address!r}" if self._address else "on this machine"
+        return CampaignError(
+            f"no Ray cluster {where} can be used: {error}; start one with `ray start --head` (on loopback with "
+            f"--node-ip-address {_LOOPBACK}), give its address with --ray-address, or use --engine local"
+        )
 
     def _slots(self) -> int:
         """How many jobs may be under way: nodes come and go."""

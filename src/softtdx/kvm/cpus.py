@@ -71,13 +71,16 @@ class HostCpus:
         """The processors that are online."""
         return [lp for lp in self.lps if self._usable[lp.index]]
 
+    @property
+    def here(self) -> int | None:
+        """The processor that the calling thread runs on."""
+        return getattr(self._here, "index", None)
+
     def drain(self, index: int) -> None:
         """Let no thread run on the processor any more, and wait until the one that does has left it.
 
-        It still takes calls. EBUSY when that thread is the caller.
+        It still takes calls. The caller is on no processor.
         """
-        if getattr(self._here, "index", None) == index:
-            raise KvmError(errno.EBUSY, f"the caller runs on processor {index}")
         with self._lock:
             self._usable[index] = False
             while self._owner[index] is not None:
@@ -97,7 +100,7 @@ class HostCpus:
     @contextmanager
     def run(self, prefer: int | None = None) -> Iterator[LogicalProcessor]:
         """Run the calling thread on a processor, `prefer` if it is idle. Nested uses stay where they are."""
-        index = getattr(self._here, "index", None)
+        index = self.here
         if index is not None:
             yield self.lps[index]
             return
@@ -119,7 +122,7 @@ class HostCpus:
         """
         if not self._online[index]:
             raise KvmError(errno.ENODEV, f"processor {index} is offline")
-        if getattr(self._here, "index", None) == index:
+        if self.here == index:
             return function(self.lps[index])
         call = _Call(function)
         self._calls[index].append(call)
@@ -135,7 +138,7 @@ class HostCpus:
                     self._lock.notify_all()
                 continue
             self.lps[index].interrupt()
-            here = getattr(self._here, "index", None)
+            here = self.here
             if here is not None:
                 self._serve(here)  # two processors may be calling each other
             call.done.wait(_TICK)
@@ -183,7 +186,7 @@ class HostCpus:
                 call = calls.popleft()
             except IndexError:
                 return
-            before = getattr(self._here, "index", None)
+            before = self.here
             self._here.index = index
             try:
                 call.run(lp)

@@ -85,6 +85,21 @@ class Ept:
         self._count(level, 1)
         return replaced
 
+    def fill(self, pages: list[tuple[int, int]], *, writable: bool) -> int:
+        """Map those of (GPA, physical) that are not mapped: 4 KiB pages of one 2 MiB part. Returns how many."""
+        if not pages:
+            return 0
+        first = pages[0][0]
+        start, count = self._entry_address(first | self._bits, 0), 0
+        flags = (_RWX if writable else sept.R | sept.X) | _WB_IPAT | self._absent
+        for gpa, hpa in pages:
+            at = start + (gpa - first) // PAGE * 8
+            if not self._memory.rd64(at) & (_RWX | _WATCHED):
+                self._memory.wr64(at, hpa | flags)
+                count += 1
+        self._count(0, count)
+        return count
+
     def mark_mmio(self, gpa: int) -> None:
         """Let accesses to this page give the TD a #VE."""
         self._memory.wr64(self._entry_address(gpa | self._bits, 0), 0)

@@ -47,6 +47,10 @@ class Memslot:
         """The user address behind a GPA of this slot."""
         return self.userspace_addr + gpa - self.gpa
 
+    def gpa_of(self, hva: int) -> int:
+        """The GPA of this slot that a user address backs."""
+        return self.gpa + hva - self.userspace_addr
+
     def file_offset(self, gpa: int) -> int:
         """The guest_memfd offset behind a GPA of this slot."""
         return self.guest_memfd_offset + gpa - self.gpa

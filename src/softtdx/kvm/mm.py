@@ -181,20 +181,23 @@ class AddressSpace:
         page = hva & ~(PAGE - 1)
         return self._pages.get(page) or self.get_user_page(page).at(page)
 
-    def get_page_nowait(self, hva: int) -> int | None:
-        """The small page behind an address if it is there or can be had without waiting; None otherwise."""
-        page = hva & ~(PAGE - 1)
+    def get_pages_nowait(self, pages: list[int]) -> list[tuple[int, int]]:
+        """Of neighbouring addresses those whose small pages are there or can be had without waiting, with the pages."""
+        found = []
         with self._lock:
-            pa = self._pages.get(page)
-            if pa is None and page not in self._swapped and self._present(page) is None:
-                vma = self._vma(page)
-                if vma is None or vma.file is not None or vma.page_size > PAGE or vma.thp:
-                    return None
-                pa = self._try_alloc(1, None)
+            vma = self._vma(pages[0]) if pages else None
+            if vma is None or vma.file is not None or vma.page_size > PAGE:
+                return []
+            for page in pages:
+                pa = self._pages.get(page)
+                if pa is None and page not in self._swapped and not vma.thp and page < vma.end:
+                    pa = self._try_alloc(1, None)
+                    if pa is not None:
+                        self._memory.zero(pa)
+                        self._pages[page] = pa
                 if pa is not None:
-                    self._memory.zero(pa)
-                    self._pages[page] = pa
-            return pa
+                    found.append((page, pa))
+        return found
 
     def get_user_page(self, hva: int, within: tuple[int, int] | None = None) -> UserPage:
         """The page behind an address, of whatever size. `within`: the node to take a new one from, if it has room."""
@@ -244,12 +247,9 @@ class AddressSpace:
             self._pages[page] = new
 
     def _try_alloc(self, pages: int, within: tuple[int, int] | None) -> int | None:
-        for node in {within, None}:
-            try:
-                return self._memory.alloc(pages, align=pages * PAGE, within=node)
-            except KvmError:
-                continue
-        return None
+        if within is not None and (found := self._try_alloc_in(pages, within)) is not None:
+            return found
+        return self._try_alloc_in(pages, None)
 
     def _install_huge(self, vma: Vma, base: int, block: int, size: int) -> None:
         with self._lock:

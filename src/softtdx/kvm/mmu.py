@@ -54,7 +54,7 @@ def shared_fault(vcpu: Vcpu, gpa: int, *, write: bool = False) -> Fault:
     user = _faultin(vcpu, slot.hva(page))
     hinted = vm.mm.hinted
     wanted = [at for at in around if slot.hva(at) not in hinted] if user.size == PAGE else []
-    others = [(at, vm.mm.get_page_nowait(slot.hva(at))) for at in wanted]
+    others = [(slot.gpa_of(hva), pa) for hva, pa in vm.mm.get_pages_nowait([slot.hva(at) for at in wanted])]
     first, last = min([user.hva, *map(slot.hva, around)]), max([user.hva + user.size, *map(slot.hva, around)])
     try:
         with vm.mmu_lock:
@@ -63,9 +63,9 @@ def shared_fault(vcpu: Vcpu, gpa: int, *, write: bool = False) -> Fault:
                 return Fault.FIXED
             if _map_shared(vm, slot, page, user, write=write):
                 vm.flush_tlbs()
-            for at, pa in others:
-                if pa is not None and not vm.private.is_private(at) and vm.ept is not None and not vm.ept.find(at):
-                    _map_small(vm, slot, at, pa)
+            assert vm.ept is not None
+            still = [(at, pa) for at, pa in others if not vm.private.is_private(at)]
+            vm.stats["shared pages mapped"] += vm.ept.fill(still, writable=not slot.read_only)
     except KvmError as error:
         # There was no page for a table. The guest faults again, and finds what was mapped by then.
         if error.errno != errno.ENOMEM or not vm.host.memory.reclaim(_TABLES):
