@@ -203,7 +203,7 @@ class Guest:
         self.host_thread.join()
         stats = self.machine.vm.stats
         self.done.update(self.host_done)
-        self.seen = Counter({key: stats[key] for key in ("promotions", "demotions", "pages relocated", "conversions")})
+        self.seen = Counter({key: stats[key] for key in ("promotions", "pages relocated", "conversions")})
         self.guest.close()
 
 
@@ -254,8 +254,6 @@ def test_a_million_operations(machine_room):
         with unwilling_module(machine_room, failing=OPTIONAL, fail_every=2000) as answers:
             done, what, failures = campaign(machine_room, seed, steps=2000, host_steps=500, kill=seed % 4)
         assert not failures, (seed, failures[0])
-        assert min(answers.values()) > 0
-        total, seen, seed = total + done, seen + what, seed + 1
+        total, seen, seed = total + done, seen + what + answers, seed + 1
         print(f"{sum(total.values())} operations: {dict(total)}; pages {dict(seen)}", flush=True)
-    assert seen["promotions"] > 0
-    assert seen["demotions"] > 0
+    assert min(seen[what] for what in ("promotions", "MEM_PAGE_DEMOTE", "busy", "restarted", "refused")) > 0

@@ -54,6 +54,8 @@ def unwilling_module(host, *, failing=frozenset(), fail_every=0):
     answers = Counter()
 
     def answer(lp, leaf, n):
+        if leaf in RESIZING:
+            answers[SeamcallLeaf(leaf).name] += 1
         if leaf in failing and fail_every and next(failures) % fail_every == 0:
             answers["refused"] += 1
             return Status.OPERAND_INVALID | Operand.RCX
