@@ -167,6 +167,15 @@ def test_a_guests_store_signals_and_user_space_sees_only_the_others(process):
         fails(EINVAL, change, *bad)
 
 
+def test_a_doorbell_that_nobody_answers_is_rung_without_harm(process):
+    machine = Machine(process, bytes.fromhex("e680e680f4"))  # out 0x80, al; out 0x80, al; hlt
+    fd = process.eventfd()
+    process.write(fd, ((1 << 64) - 2).to_bytes(8, "little"))
+    machine.ioctl(machine.vm, KvmIoctl.IOEVENTFD, ioeventfd(fd, 0x80, 1, 0, IoeventfdFlag.PIO))
+    assert machine.run().exit_reason is KvmExit.HLT
+    assert process.read(fd, 8) == b"\xff" * 8
+
+
 def test_a_tds_mmio_and_port_hypercalls_signal_too(host):
     machine = HostedMachine(host, MachineConfig(memory=1 << 20))
     doorbell, port = Eventfd(), Eventfd()

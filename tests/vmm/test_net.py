@@ -6,6 +6,7 @@ import socket
 import stat
 import struct
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -135,8 +136,13 @@ class End:
         self._frames = queue.SimpleQueue()
         self.link = SocketLink(path, self._frames.put)
 
+    def meets(self, others):
+        """Until that many ends are plugged in: what is sent before is lost on them."""
+        while len(self.link._peers) < others:
+            time.sleep(0.001)
+
     def next(self):
-        return self._frames.get(timeout=30)
+        return self._frames.get(timeout=120)
 
     @property
     def empty(self):
@@ -151,6 +157,7 @@ class End:
 
 def test_two_machines_share_a_cable_and_it_is_gone_after_them(path):
     with End(path) as one, End(path) as two:
+        one.meets(1)
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
         one.link.send(b"to two" * 10)
         assert two.next() == b"to two" * 10
@@ -162,6 +169,7 @@ def test_two_machines_share_a_cable_and_it_is_gone_after_them(path):
 
 def test_with_three_the_one_who_made_it_passes_frames_on_and_none_comes_back(path):
     with End(path) as hub, End(path) as one, End(path) as two:
+        hub.meets(2)
         one.link.send(b"a" * 60)
         assert hub.next() == two.next() == b"a" * 60
         two.link.send(b"b" * 60)
@@ -209,6 +217,7 @@ def test_who_sends_what_is_no_frame_is_unplugged_and_the_others_stay(path, nonse
 def test_who_does_not_read_holds_nobody_up(path):
     with End(path) as hub, End(path) as one, socket.socket(socket.AF_UNIX) as asleep:
         asleep.connect(str(path))
+        hub.meets(2)
         for n in range(4000):
             hub.link.send(n.to_bytes(4, "big") + bytes(1510))
             if n % 100 == 0:
@@ -220,6 +229,7 @@ def test_a_socket_whose_owner_died_is_made_anew(path):
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(path))
     with End(path) as one, End(path) as two:
+        one.meets(1)
         one.link.send(FRAME)
         assert two.next() == FRAME
 

@@ -41,8 +41,17 @@ class Eventfd:
             if self._count + value > _MAX:
                 raise KvmError(errno.EAGAIN, "the eventfd is full")
             self._count += value
-            bound = list(self._bound) if value else []
-        for signalled, _ in bound:
+        if value:
+            self._tell()
+
+    def ring(self) -> None:
+        """What the kernel itself does to it (eventfd_signal): one more, never too many."""
+        with self._lock:
+            self._count = min(self._count + 1, _MAX + 1)
+        self._tell()
+
+    def _tell(self) -> None:
+        for signalled, _ in list(self._bound):
             signalled()
 
     def read(self) -> int:
@@ -142,7 +151,7 @@ class IoBus:
         """A store of the guest; whether an eventfd took it."""
         for trap in self._traps:
             if trap.takes(space, address, size, value):
-                trap.eventfd.signal()
+                trap.eventfd.ring()
                 return True
         return False
 
@@ -169,8 +178,10 @@ class Irqfds:
             self._bound[id(eventfd), gsi] = eventfd, lambda: None
 
         def signalled() -> None:
-            eventfd.take()
-            self._raise(gsi)
+            with self._lock:  # once it is dropped, the VM's local APICs may be gone
+                if (id(eventfd), gsi) in self._bound:
+                    eventfd.take()
+                    self._raise(gsi)
 
         undo = eventfd.bind(signalled, lambda: self._drop(lambda bound, _: bound is eventfd))
         with self._lock:
