@@ -148,6 +148,13 @@ def test_a_contradiction_is_seen(world, defect):
         look_at_all(world)
 
 
+def test_a_fatal_td_may_have_died_within_an_epoch(world):
+    td = running_td(world)
+    somebody_is_inside(world, td)
+    poke(world, td.pa + tdr.FATAL, world.oracle.state.hkid, 1, 1)
+    world.check()
+
+
 def test_pages_that_dynamic_pamt_does_not_count_are_seen():
     world = World(random.Random(1), Stage.POPULATED, dynamic_pamt=True)
     world.check()

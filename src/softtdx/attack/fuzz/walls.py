@@ -333,7 +333,7 @@ class Walls:
         rng = self.rng
         roll = rng.randrange(32)
         if left <= 0:
-            words = [0] if self._debug.get(lp.index) else self.world.secrets
+            words = [0] if self._debug.get(lp.index) else self.world.secrets or [0]
             core.set_gprs(tuple(rng.choice(words) for _ in range(16)))  # nothing of these may reach the host
             return ExitReason.EXTERNAL_INTERRUPT, 0
         if roll < 26:
