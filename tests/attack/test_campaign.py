@@ -3,8 +3,13 @@
 import json
 import os
 import random
+import signal
+import subprocess
+import sys
+import time
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -159,9 +164,9 @@ def test_what_led_to_something_new_is_tried_again():
     rng = random.Random(1)
     corpus = Corpus(rng, lambda: "fresh", lambda step: step + "'")
     assert corpus.learn("a", 0, good=True)
-    for signal in range(1, 9):
+    for feedback in range(1, 9):
         assert not corpus.learn("b", "refused", good=False)
-        assert corpus.learn("c", signal, good=True)
+        assert corpus.learn("c", feedback, good=True)
     assert not corpus.learn("d", 8, good=True)
     assert corpus.seen == {"refused", *range(9)}
     done = [corpus.next() for _ in range(1000)]
@@ -280,3 +285,38 @@ def test_the_command_reports_as_json():
     assert json.loads(result.stdout) == {"jobs": 2, "steps": 200, "findings": []}
     refused = CliRunner().invoke(campaign, ["--target", "nothing"], standalone_mode=False)
     assert isinstance(refused.exception, SoftTdxError)
+
+
+def children_of(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def until(condition, patience=60):
+    end = time.monotonic() + patience
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.05)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for processes in /proc")
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGKILL], ids=["interrupted", "killed"])
+def test_no_worker_outlives_its_campaign(ending):
+    endless = ["campaign", "--target", "seamcall", "--seeds", "4", "--steps", "100000000", "--workers", "2"]
+    with subprocess.Popen([sys.executable, "-m", "softtdx", *endless], stderr=subprocess.PIPE) as campaign:
+        try:
+            until(lambda: len(children_of(campaign.pid)) >= 3)  # two workers, and Python's resource tracker
+            workers = children_of(campaign.pid)
+            campaign.send_signal(ending)
+            _, errors = campaign.communicate(timeout=60)
+            until(lambda: not any(running(pid) for pid in workers))
+        finally:
+            campaign.kill()
+    if ending == signal.SIGINT:
+        assert (campaign.returncode, errors.strip()) == (130, b"softtdx: interrupted")

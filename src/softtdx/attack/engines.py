@@ -6,12 +6,15 @@ business.
 
 import faulthandler
 import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.synchronize import Event
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -91,7 +94,12 @@ class LocalEngine:
 
     def _pool(self, jobs: list[Job], worker: Worker, finished: Finished) -> list[Job]:
         lost = []
-        with ProcessPoolExecutor(min(self._workers, len(jobs) or 1), mp_context=get_context("spawn")) as pool:
+        context = get_context("spawn")
+        enough = context.Event()
+        pool = ProcessPoolExecutor(
+            min(self._workers, len(jobs) or 1), mp_context=context, initializer=_serve, initargs=(enough,)
+        )
+        try:
             running: dict[Future[Fuzzed], Job] = {}
             try:
                 for job in jobs:
@@ -105,6 +113,11 @@ class LocalEngine:
                     lost.append(running[future])
                 else:
                     finished(running[future], result)
+        except BaseException:  # Ctrl-C, most likely: what the workers are at is of no use any more
+            enough.set()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
         return lost
 
 
@@ -185,6 +198,24 @@ class RayEngine:
             else:
                 finished(job, result)
         return lost
+
+
+def _serve(enough: Event) -> None:
+    """A process of the local engine starts: Ctrl-C is its parent's to answer, and it does not outlive that parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = parent_process()
+    assert parent is not None  # spawned
+
+    def orphaned() -> None:
+        parent.join()
+        os._exit(1)
+
+    def dismissed() -> None:
+        enough.wait()
+        os._exit(1)
+
+    for watch in (orphaned, dismissed):
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def _work(worker: Worker, job: Job, patience: float | None) -> Fuzzed:
