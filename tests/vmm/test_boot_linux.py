@@ -5,7 +5,10 @@ import re
 import shutil
 import subprocess
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -177,6 +180,57 @@ def test_two_tds_talk_tcp_with_each_other():
     assert "heard: from 2" in texts[0]
     assert "heard: from 1" in texts[1]
     assert all("served" in text for text in texts)
+
+
+@contextmanager
+def served(text):
+    """A web server on loopback that answers everything with `text`; its port."""
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(text)
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server, ThreadPoolExecutor(1) as pool:
+        pool.submit(server.serve_forever)
+        try:
+            yield server.server_port
+        finally:
+            server.shutdown()
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif(shutil.which("passt") is None, reason="passt is not installed")
+def test_passt_gives_a_td_an_address_and_the_hosts_loopback():
+    with tempfile.TemporaryDirectory(prefix="td-") as folder, served(b"from the host") as port:
+        Path(folder).chmod(0o777)  # started by root, passt becomes nobody
+        path = Path(folder) / "net"
+        addresses = ["-a", "10.0.2.15", "-n", "24", "-g", "10.0.2.2"]
+        passt = subprocess.Popen(
+            ["passt", "--foreground", "--socket", path, "-4", "-t", "none", "-u", "none", *addresses],
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            while not path.exists():
+                assert passt.poll() is None, "passt could not start"
+                time.sleep(0.05)
+            cable = Cable(path)
+            text = boot(
+                "ip link set eth0 up; udhcpc -i eth0 -n -q -s /bin/true 2>&1; ip addr add 10.0.2.15/24 dev eth0;"
+                f"wget -q -O - http://10.0.2.2:{port}/",
+                network=cable,
+            ).text
+            cable.unplug()
+        finally:
+            passt.kill()
+            passt.wait()
+    assert "lease of 10.0.2.15 obtained" in text
+    assert text.endswith("from the host")
 
 
 @pytest.mark.nightly
