@@ -8,10 +8,10 @@ touched with a shared KeyID until they have been reclaimed, and must be back bef
 import errno
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from threading import RLock
 
 from softtdx.hw import Platform
 from softtdx.kvm.errors import KvmError
+from softtdx.kvm.spinlock import SpinLock
 
 __all__ = ["PAGE", "PAGE_1G", "PAGE_2M", "HostMemory"]
 
@@ -34,7 +34,7 @@ class HostMemory:
         self.read = platform.memory.read
         self.write = platform.memory.write
         self.cas64 = platform.memory.cas64
-        self._lock = RLock()
+        self._lock = SpinLock()
         self._free: list[dict[int, None]] = [{} for _ in range(_MAX_ORDER + 1)]
         self.ranges = [
             (max(base, _LOW_MEMORY), base + size)
