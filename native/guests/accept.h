@@ -4,6 +4,19 @@
 
 #include "tdx.h"
 
+/* One page; once more while the host is at it, splitting, merging or moving it. Status bits 63:32. */
+static inline uint64_t accept_page(uint64_t gpa, uint64_t level)
+{
+    uint64_t status;
+
+    do {
+        struct tdcall_regs regs = {.rcx = gpa | level};
+
+        status = tdcall(TDG_MEM_PAGE_ACCEPT, &regs) >> 32;
+    } while (status == TDX_OPERAND_BUSY);
+    return status;
+}
+
 /* The first GPA that could not be accepted, or `base` + `size`. */
 static inline uint64_t accept_range(uint64_t base, uint64_t size)
 {
@@ -11,10 +24,9 @@ static inline uint64_t accept_range(uint64_t base, uint64_t size)
     uint64_t gpa = base, end = base + size;
 
     while (gpa < end) {
-        uint64_t level = gpa % large == 0 && end - gpa >= large, status;
-        struct tdcall_regs regs = {.rcx = gpa | level};
+        uint64_t level = gpa % large == 0 && end - gpa >= large;
+        uint64_t status = accept_page(gpa, level);
 
-        status = tdcall(TDG_MEM_PAGE_ACCEPT, &regs) >> 32;
         if (level && status == TDX_PAGE_SIZE_MISMATCH) {
             /* The host gave this block piecemeal. */
             if (accept_range(gpa, large - small) != gpa + large - small)

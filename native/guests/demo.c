@@ -3,6 +3,7 @@
  * An ordinary freestanding program: it prints to the serial port and leaves #VE to the launcher. What only a TD can do
  * (TDCALL) it does itself.
  */
+#include "accept.h"
 #include "boot_info.h"
 #include "sha384.h"
 #include "tdx.h"
@@ -181,11 +182,8 @@ static void get_quote(const struct boot_info *boot)
 
     /* Back to private memory: a fresh page, to be accepted anew. */
     map_gpa(gpa, sizeof shared_area);
-    for (unsigned at = 0; at < sizeof shared_area; at += PAGE) {
-        struct tdcall_regs regs = {.rcx = gpa + at};
-
-        check(tdcall(TDG_MEM_PAGE_ACCEPT, &regs), "TDG.MEM.PAGE.ACCEPT");
-    }
+    for (unsigned at = 0; at < sizeof shared_area; at += PAGE)
+        check(accept_page(gpa + at, 0), "TDG.MEM.PAGE.ACCEPT");
 }
 
 void payload_main(struct boot_info *boot);

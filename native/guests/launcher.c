@@ -6,6 +6,7 @@
  *
  * If the boot info names an agent, that vCPU never enters the payload: it gives the TD's report to who asks outside.
  */
+#include "accept.h"
 #include "boot_info.h"
 #include "layout.h"
 #include "tdx.h"
@@ -22,8 +23,6 @@ _Static_assert(__builtin_offsetof(struct boot_info, ap_index) == BOOT_INFO_AP_IN
 _Static_assert(PERCPU_SIZE == 1 << PERCPU_SHIFT, "layout.h");
 _Static_assert(sizeof(struct boot_info) <= 4096, "the boot info is one page");
 
-#define PAGE_4K 0x1000ull
-#define PAGE_2M 0x200000ull
 #define VECTOR_COUNT 32
 #define VECTOR_STRIDE 16
 #define VECTOR_VE 20
@@ -245,25 +244,12 @@ void handle_exception(struct frame *f)
 
 /* --- starting up */
 
-/* The pages of a 2 MiB block may have been given piecemeal, so a refused large page is accepted by small ones. */
 static void accept(uint64_t base, uint64_t size)
 {
-    uint64_t gpa = base, end = base + size;
+    uint64_t end = accept_range(base, size);
 
-    while (gpa < end) {
-        uint64_t level = gpa % PAGE_2M == 0 && end - gpa >= PAGE_2M, status;
-        struct tdcall_regs regs = {.rcx = gpa | level};
-
-        status = tdcall(TDG_MEM_PAGE_ACCEPT, &regs) >> 32;
-        if (level && status == TDX_PAGE_SIZE_MISMATCH) {
-            level = 0;
-            regs = (struct tdcall_regs){.rcx = gpa};
-            status = tdcall(TDG_MEM_PAGE_ACCEPT, &regs) >> 32;
-        }
-        if (status && status != TDX_PAGE_ALREADY_ACCEPTED)
-            die("cannot accept memory at", gpa);
-        gpa += level ? PAGE_2M : PAGE_4K;
-    }
+    if (end != base + size)
+        die("cannot accept memory at", end);
 }
 
 static void fill_shared_window(uint64_t shared_bit)

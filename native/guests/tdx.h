@@ -11,7 +11,9 @@
 #define TDG_MR_REPORT 4
 #define TDG_MEM_PAGE_ACCEPT 6
 
-#define TDX_PAGE_ALREADY_ACCEPTED 0x00000b0aull /* status bits 63:32 */
+/* Status bits 63:32. */
+#define TDX_OPERAND_BUSY 0x80000200ull
+#define TDX_PAGE_ALREADY_ACCEPTED 0x00000b0aull
 #define TDX_PAGE_SIZE_MISMATCH 0xc0000b0bull
 
 #define VMCALL_CPUID 10

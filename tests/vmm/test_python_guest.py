@@ -7,8 +7,9 @@ import pytest
 from softtdx.abi.exits import ExitReason
 from softtdx.abi.ghci import VmcallLeaf, VmcallStatus
 from softtdx.abi.leaves import TdcallLeaf
-from softtdx.abi.status import Status, status_of
+from softtdx.abi.status import Operand, Status, status_of
 from softtdx.attest.tdreport import parse_tdreport
+from softtdx.hw import Registers
 from softtdx.vmm import End, GuestError, MachineConfig, MachineError
 from softtdx.vmm.python_guest import GpError, PfError, PythonGuest, VeError, run_python_guest
 
@@ -302,3 +303,19 @@ def test_raw_dram_shows_nothing_of_a_td_that_is_gone(host):
     for base, size in host.platform.description.cmrs:
         for at in range(base, base + min(size, 64 * MIB), MIB):
             assert secret[:16] not in memory.raw_read(at, MIB)
+
+
+def test_a_page_that_the_host_is_at_is_accepted_once_more(host):
+    def guest(td):
+        tdcall, answers = td.tdcall, iter([Status.OPERAND_BUSY | Operand.RCX] * 2)
+
+        def busy_at_first(leaf, **operands):
+            status = next(answers, None)
+            return tdcall(leaf, **operands) if status is None else Registers(rax=status)
+
+        td.tdcall = busy_at_first
+        assert td.accept(0x3000) == 0
+        td.tdcall = tdcall
+        assert status_of(td.accept(0x3000)) == Status.PAGE_ALREADY_ACCEPTED
+
+    assert run_python_guest(host, guest).end is End.HALTED

@@ -22,6 +22,7 @@ from softtdx._silicon import PAYLOADS, Core
 from softtdx.abi.exits import GP_VECTOR, PF_VECTOR, VE_VECTOR, exception_name
 from softtdx.abi.ghci import STANDARD_MASK, VmcallLeaf
 from softtdx.abi.leaves import TdcallLeaf, rax_for
+from softtdx.abi.status import Status
 from softtdx.hw import LogicalProcessor, Registers
 from softtdx.hw.registers import GPR_NAMES
 from softtdx.kvm import Host
@@ -123,8 +124,11 @@ class Td:
         return self._execute("cpuid", Registers(**registers))
 
     def accept(self, gpa: int, level: int = 0) -> int:
-        """TDG.MEM.PAGE.ACCEPT of one page; returns the status."""
-        return self.tdcall(TdcallLeaf.MEM_PAGE_ACCEPT, rcx=gpa | level).rax
+        """TDG.MEM.PAGE.ACCEPT of one page, once more while the host is at it; returns the status."""
+        while True:
+            status = self.tdcall(TdcallLeaf.MEM_PAGE_ACCEPT, rcx=gpa | level).rax
+            if status & ~0xFFFF_FFFF != Status.OPERAND_BUSY:
+                return status
 
     # --- instructions of any guest
     def cpuid(self, leaf: int, subleaf: int = 0) -> tuple[int, int, int, int]:
