@@ -43,6 +43,7 @@ _BRING_UP: Final = (
 )  # fmt: skip
 _VP_ENTER: Final = int(SeamcallLeaf.VP_ENTER)
 _MAY_CHANGE: Final = frozenset({_VP_ENTER})  # though refused: the vCPU was associated, or ran
+_STORES: Final = frozenset({int(SeamcallLeaf.SYS_INFO), int(SeamcallLeaf.SYS_RDALL)})  # wherever told to
 _STATUS_SHIFT = 32
 _ERROR: Final = 1 << 63
 _LEAF = 0xFFFF
@@ -237,7 +238,10 @@ class Walls:
         self._left -= 1
         regs = Registers()
         for name, recipe in call.operands:
-            given[name] = value = resolve(recipe, world.numbers)
+            value = resolve(recipe, world.numbers)
+            if call.leaf in _STORES and world.is_tdx_page(value):
+                value = world.numbers["buffer"][0]  # else it were a host's store to what the module keeps there
+            given[name] = value
             if recipe.kind == "buffer" and rng.randrange(8) == 0:
                 world.spoil(rng, value)
             setattr(regs, name, value)

@@ -163,6 +163,11 @@ class World:
         """The host's own store."""
         self.lps[0].write(pa, data)
 
+    def is_tdx_page(self, pa: int) -> bool:
+        """Whether the page was last written with a private KeyID: its lines have the TD-owner bit."""
+        _, _, owner, _ = self.platform.memory.raw_line(pa & PAGE_MASK)
+        return owner
+
     def spoil(self, rng: random.Random, buffer: int) -> None:
         """A few bytes of a buffer become others; or all of them become what they were."""
         if rng.randrange(3) == 0:
